@@ -1,0 +1,45 @@
+/* Python's way to an image's data objects in the embedded store ("layout"): generic object operations on
+ * rbd_data.<id>.<objno> go through the same C code as guest I/O. Also null and fault stores for tests and bench.
+ * Plain C for cffi: no macros. Return values: >= 0, or -errno. */
+#ifndef RBDN_API_STORE_H
+#define RBDN_API_STORE_H
+#include <stdint.h>
+#include <stddef.h>
+
+typedef struct store rbdn_store;
+
+/* Opens (create: makes) the folder `dir` that holds one image's data objects of 2^order bytes.
+ * Runs crash recovery when the last user did not close and nobody else has it open. NULL and *err on failure. */
+rbdn_store *rbdn_layout_open(const char *dir, unsigned order, int create, int *err);
+rbdn_store *rbdn_null_open(unsigned order, int *err);
+/* A store that wraps another (and owns it): fails or delays chosen operations. See store_fault.c for `spec`. */
+rbdn_store *rbdn_fault_open(rbdn_store *inner, const char *spec, int *err);
+void rbdn_store_close(rbdn_store *s); /* after its images were closed */
+
+/* Synchronous object operations, any thread, GIL released. snap ids: newest first. */
+int64_t rbdn_obj_read(rbdn_store *s, uint64_t objno, uint64_t snap_id, uint64_t off, void *buf, uint64_t len);
+int rbdn_obj_write(rbdn_store *s, uint64_t objno, uint64_t off, const void *buf, uint64_t len, uint64_t seq, const uint64_t *snaps, uint32_t nsnaps);
+int rbdn_obj_zero(rbdn_store *s, uint64_t objno, uint64_t off, uint64_t len, uint64_t seq, const uint64_t *snaps, uint32_t nsnaps);
+int rbdn_obj_truncate(rbdn_store *s, uint64_t objno, uint64_t size, int create, uint64_t seq, const uint64_t *snaps, uint32_t nsnaps);
+int rbdn_obj_remove(rbdn_store *s, uint64_t objno, uint64_t seq, const uint64_t *snaps, uint32_t nsnaps);
+int rbdn_obj_copyup(rbdn_store *s, uint64_t objno, const void *buf, uint64_t len);
+int64_t rbdn_obj_stat(rbdn_store *s, uint64_t objno, uint64_t snap_id);
+/* pairs of (off, len), at most max pairs; returns the number of pairs */
+int rbdn_obj_extents(rbdn_store *s, uint64_t objno, uint64_t snap_id, uint64_t off, uint64_t len, uint64_t *pairs, uint32_t max);
+int rbdn_store_flush(rbdn_store *s);
+
+/* Layout only. */
+/* Next existing object number >= from whose HEAD exists (or, with clones set, that has any clone); -ENOENT at the end. */
+int64_t rbdn_layout_next(rbdn_store *s, uint64_t from, int clones);
+int rbdn_layout_rollback(rbdn_store *s, uint64_t objno, uint64_t snap_id, uint64_t seq, const uint64_t *snaps, uint32_t nsnaps);
+/* Clones of one object, oldest first: rows of (clone id, lowest snap id covered exclusive, size); returns rows. */
+int rbdn_layout_clones(rbdn_store *s, uint64_t objno, uint64_t *rows, uint32_t max);
+uint64_t rbdn_layout_snap_seq(rbdn_store *s, uint64_t objno); /* snapset seq of the object, 0 when it never existed */
+/* Forget what only removed snapshots needed. `live`: every snapshot id that still exists in the pool, ascending. */
+int rbdn_layout_trim(rbdn_store *s, const uint64_t *live, uint32_t nlive);
+/* HEAD object map kept in the layout's index: one byte (0..3) per object. count -1 in set = there is none. */
+int64_t rbdn_layout_map_get(rbdn_store *s, uint8_t *states, uint64_t max); /* number of objects in the map; -ENOENT none */
+int rbdn_layout_map_set(rbdn_store *s, const uint8_t *states, int64_t count);
+/* Verify offline: calls for each finding are appended to `text` (NUL-terminated lines); returns the number of findings. */
+int rbdn_layout_check(rbdn_store *s, char *text, size_t size);
+#endif
