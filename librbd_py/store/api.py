@@ -312,8 +312,12 @@ class NativeData:
     """An image's data objects for the C data plane. `handle` is a `rbdn_store *` (owned by the ObjectContext's store)."""
 
     handle: Any
-    keeps_object_map: bool
-    close: Callable[[], None] = field(repr=False, default=lambda: None)
+    keeps_object_map: bool  # the store records existence itself; the engine sends no object map updates
+    close: Callable[[], None] = field(repr=False, default=lambda: None)  # drops this user's reference
+    # Called by the exclusive-lock owner after it got the class lock / before it gives it up. own() waits until no
+    # byte of an earlier owner can reach the store any more; ETIMEDOUT. RADOS fences by blocklist: nothing to do.
+    own: Callable[[float], None] = field(repr=False, default=lambda seconds: None)
+    disown: Callable[[], None] = field(repr=False, default=lambda: None)
 
 
 class ObjectContext(ABC):

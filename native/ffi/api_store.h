@@ -40,6 +40,10 @@ int rbdn_layout_trim(rbdn_store *s, const uint64_t *live, uint32_t nlive);
 /* HEAD object map kept in the layout's index: one byte (0..3) per object. count -1 in set = there is none. */
 int64_t rbdn_layout_map_get(rbdn_store *s, uint8_t *states, uint64_t max); /* number of objects in the map; -ENOENT none */
 int rbdn_layout_map_set(rbdn_store *s, const uint8_t *states, int64_t count);
+/* The kernel lock of the exclusive-lock owner, on the open file description that writes HEAD data: it is free only when
+ * no byte of an earlier owner can be written any more. -ETIMEDOUT while another process has it. Counted per handle. */
+int rbdn_layout_own(rbdn_store *s, int timeout_ms);
+int rbdn_layout_disown(rbdn_store *s);
 /* Verify offline: calls for each finding are appended to `text` (NUL-terminated lines); returns the number of findings. */
 int rbdn_layout_check(rbdn_store *s, char *text, size_t size);
 #endif

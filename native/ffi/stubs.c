@@ -29,9 +29,6 @@ __attribute__((weak)) int rbdn_nbd_listen(rbdn_nbd_server *s, int listen_fd) { r
 __attribute__((weak)) int rbdn_nbd_serve(rbdn_nbd_server *s, int fd) { return -ENOSYS; }
 __attribute__((weak)) rbdn_export * rbdn_nbd_export(rbdn_nbd_server *s, uint64_t id, rbdn_image *i, const char *name, const rbdn_nbd_config *c, int *err) { *err = -ENOSYS; return NULL; }
 __attribute__((weak)) int rbdn_nbd_server_stop(rbdn_nbd_server *s) { return -ENOSYS; }
-__attribute__((weak)) int rbdn_export_stats_get(rbdn_export *e, rbdn_export_stats *out) { return -ENOSYS; }
-__attribute__((weak)) int rbdn_export_stop(rbdn_export *e, int hard) { return -ENOSYS; }
-__attribute__((weak)) int rbdn_export_free(rbdn_export *e) { return -ENOSYS; }
 __attribute__((weak)) rbdn_store * rbdn_layout_open(const char *dir, unsigned order, int create, int *err) { *err = -ENOSYS; return NULL; }
 __attribute__((weak)) rbdn_store * rbdn_null_open(unsigned order, int *err) { *err = -ENOSYS; return NULL; }
 __attribute__((weak)) rbdn_store * rbdn_fault_open(rbdn_store *inner, const char *spec, int *err) { *err = -ENOSYS; return NULL; }
@@ -52,4 +49,11 @@ __attribute__((weak)) uint64_t rbdn_layout_snap_seq(rbdn_store *s, uint64_t objn
 __attribute__((weak)) int rbdn_layout_trim(rbdn_store *s, const uint64_t *live, uint32_t nlive) { return -ENOSYS; }
 __attribute__((weak)) int64_t rbdn_layout_map_get(rbdn_store *s, uint8_t *states, uint64_t max) { return -ENOSYS; }
 __attribute__((weak)) int rbdn_layout_map_set(rbdn_store *s, const uint8_t *states, int64_t count) { return -ENOSYS; }
+__attribute__((weak)) int rbdn_layout_own(rbdn_store *s, int timeout_ms) { return -ENOSYS; }
+__attribute__((weak)) int rbdn_layout_disown(rbdn_store *s) { return -ENOSYS; }
 __attribute__((weak)) int rbdn_layout_check(rbdn_store *s, char *text, size_t size) { return -ENOSYS; }
+#include "engine/event.h"
+#include "engine/request.h"
+__attribute__((weak)) void event_post(int type, uint64_t source, int64_t value) { }
+__attribute__((weak)) void image_get(struct image *i, struct image_user *u) { }
+__attribute__((weak)) void image_put(struct image *i, struct image_user *u) { }
