@@ -1,0 +1,67 @@
+"""The guest's whole userland as an initramfs: busybox, the modules for virtio-blk, `blkstamp` and the init script."""
+
+from __future__ import annotations
+
+import gzip
+import stat
+from pathlib import Path
+
+from vm_images.cache import cached, key
+from vm_images.kernel import Kernel, run
+
+GUEST = Path(__file__).resolve().parent / "guest"
+BUSYBOX = Path("/bin/busybox")
+MODULES = (
+    "drivers/virtio/virtio_ring",
+    "drivers/virtio/virtio",
+    "drivers/virtio/virtio_pci_legacy_dev",
+    "drivers/virtio/virtio_pci_modern_dev",
+    "drivers/virtio/virtio_pci",
+    "drivers/block/virtio_blk",
+    "drivers/acpi/button",
+    "drivers/input/evdev",
+)
+
+
+def newc(entries: list[tuple[str, int, bytes]]) -> bytes:
+    """A cpio archive in the kernel's `newc` format of (name, st_mode, content), all owned by root at time 0."""
+    out = bytearray()
+    for number, (name, mode, content) in enumerate([*entries, ("TRAILER!!!", 0, b"")], start=1):
+        raw = name.encode() + b"\0"
+        links = 2 if stat.S_ISDIR(mode) else 1
+        fields = (number, mode, 0, 0, links, 0, len(content), 0, 0, 0, 0, len(raw), 0)
+        out += b"070701" + b"".join(b"%08X" % field for field in fields) + raw
+        out += b"\0" * (-len(out) % 4) + content
+        out += b"\0" * (-len(out) % 4)
+    return bytes(out)
+
+
+def blkstamp() -> Path:
+    """The guest's verifier, compiled statically."""
+    source = GUEST / "blkstamp.c"
+
+    def build(target: Path) -> None:
+        run("gcc", "-std=gnu11", "-O2", "-static", "-pthread", "-o", target, source)
+
+    return cached(f"blkstamp-{key(source.read_bytes())}", build)
+
+
+def initramfs(kernel: Kernel) -> Path:
+    """gzip'ed archive; equal inputs give equal bytes."""
+    stamp, init = blkstamp(), GUEST / "init"
+
+    def build(target: Path) -> None:
+        folder, program, plain = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o755, stat.S_IFREG | 0o644
+        names = ("bin", "dev", "modules", "proc", "sys", "tmp")
+        entries: list[tuple[str, int, bytes]] = [(name, folder, b"") for name in names]
+        entries += [
+            ("bin/blkstamp", program, stamp.read_bytes()),
+            ("bin/busybox", program, BUSYBOX.read_bytes()),
+            ("init", program, init.read_bytes()),
+        ]
+        for module in MODULES:
+            entries.append((f"modules/{Path(module).name}.ko", plain, (kernel.modules / f"{module}.ko").read_bytes()))
+        target.write_bytes(gzip.compress(newc(entries), compresslevel=9, mtime=0))
+
+    name = key(kernel.version, stamp.read_bytes(), init.read_bytes(), BUSYBOX.read_bytes(), *MODULES)
+    return cached(f"initramfs-{name}.gz", build)
