@@ -1,0 +1,148 @@
+"""A QEMU guest on our exports: command line, console, deadline.
+
+A vhost-user disk needs guest memory that the export may map, so memory is always a shared memfd.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_glue.accel import QEMU, cpu_of
+
+CONSOLE_LIMIT = 4 << 20  # bytes of console kept; a guest that prints more loses the oldest
+
+
+@dataclass(frozen=True)
+class Disk:
+    """One disk. `kind` is "vhost-user" (path of the export's socket), "nbd" (path of the server's socket, `export`
+    its name) or "raw" (path of a file). The first disk is the boot disk unless a kernel is given."""
+
+    kind: str
+    path: str
+    export: str = ""
+    queues: int = 1
+    reconnect: int = 1  # seconds between attempts (vhost-user) or reconnect-delay (NBD); 0 = never
+
+    def arguments(self, number: int) -> list[str]:
+        boot = f",bootindex={number}"
+        if self.kind == "vhost-user":
+            again = f",reconnect={self.reconnect}" if self.reconnect else ""
+            return [
+                "-chardev", f"socket,id=disk{number},path={comma(self.path)}{again}",
+                "-device", f"vhost-user-blk-pci,id=d{number},chardev=disk{number},num-queues={self.queues}{boot}",
+            ]  # fmt: skip
+        if self.kind == "nbd":
+            wait = f",reconnect-delay={self.reconnect}" if self.reconnect else ""
+            node = f"driver=nbd,node-name=disk{number},server.type=unix,server.path={comma(self.path)}"
+            node += f",export={comma(self.export)},discard=unmap,cache.direct=on{wait}"
+        elif self.kind == "raw":
+            node = f"driver=file,node-name=disk{number},filename={comma(self.path)}"
+        else:
+            raise ValueError(f"no disk kind {self.kind!r}")
+        device = f"virtio-blk-pci,id=d{number},drive=disk{number},num-queues={self.queues}{boot}"
+        return ["-blockdev", node, "-device", device]
+
+
+def comma(text: str) -> str:
+    """QEMU's option syntax: a comma in a value is doubled."""
+    return text.replace(",", ",,")
+
+
+class Guest:
+    """A running QEMU. States: started -> ended. Always call close(): it ends the process if it still runs."""
+
+    def __init__(
+        self,
+        disks: Iterable[Disk],
+        accel: str,
+        memory_mib: int = 256,
+        qmp: Path | None = None,
+        kernel: Path | None = None,
+        initrd: Path | None = None,
+        append: str = "",
+        cpus: int = 1,
+        extra: Iterable[str] = (),
+    ) -> None:
+        command = [QEMU, "-accel", accel, "-machine", "q35,memory-backend=ram", "-cpu", cpu_of(accel)]
+        command += ["-m", str(memory_mib), "-object", f"memory-backend-memfd,id=ram,size={memory_mib}M,share=on"]
+        command += ["-smp", str(cpus), "-display", "none", "-nodefaults", "-no-user-config"]
+        command += ["-no-reboot", "-serial", "stdio"]
+        for number, disk in enumerate(disks):
+            command += disk.arguments(number)
+        if kernel:
+            command += ["-kernel", str(kernel), "-append", f"console=ttyS0 quiet panic=1 {append}"]
+        if initrd:
+            command += ["-initrd", str(initrd)]
+        if qmp:
+            command += ["-qmp", f"unix:{comma(str(qmp))},server=on,wait=off"]
+        command += extra
+        self.command = command
+        self.console = ""  # what the guest printed so far, the newest CONSOLE_LIMIT characters
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        assert self._process.stdout is not None
+        self._out = self._process.stdout
+        os.set_blocking(self._out.fileno(), False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._out, selectors.EVENT_READ)
+        self._open = True
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_for(
+        self, text: str | None, deadline: float, show: Callable[[str], None] | None = None, after: int = 0
+    ) -> bool:
+        """Reads the console until `text` appears at or behind character `after` (True), or QEMU ends or `deadline`
+        seconds pass (False). With text None waits for the end. `show` gets what arrives."""
+        limit = time.monotonic() + deadline
+        while True:
+            if text is not None and text in self.console[after:]:
+                return True
+            left = limit - time.monotonic()
+            if not self._open or left <= 0:
+                return text is None and not self._open
+            if self._selector.select(left):
+                self._read(show)
+
+    def status(self, deadline: float = 10.0) -> int | None:
+        """Exit status of QEMU; None while it runs after `deadline` seconds."""
+        try:
+            return self._process.wait(deadline)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def close(self) -> None:
+        """Ends QEMU (SIGKILL) if it still runs. Idempotent."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self._selector.close()
+        self._out.close()
+
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _read(self, show: Callable[[str], None] | None) -> None:
+        data = self._out.read(65536)
+        if data is None:
+            return
+        if not data:
+            self._open = False
+            self._selector.unregister(self._out)
+            return
+        text = data.decode("utf-8", "replace").replace("\r\n", "\n")
+        self.console = (self.console + text)[-CONSOLE_LIMIT:]
+        if show:
+            show(text)
