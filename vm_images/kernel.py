@@ -29,8 +29,9 @@ def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | Non
     """Runs a build step; BuildError with its output when it fails or is missing."""
     words = [str(word) for word in command]
     try:
+        environment = {**os.environ, **(env or {})}
         done = subprocess.run(
-            words, cwd=cwd, env={**os.environ, **(env or {})}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            words, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
     except FileNotFoundError:
         raise BuildError(f"{words[0]} is not installed (`make setup` installs what is needed)") from None
