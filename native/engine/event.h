@@ -1,5 +1,6 @@
-/* Events from the data plane to Python: a bounded ring and one eventfd. Posting never blocks and never allocates:
- * equal (type, source) pairs that are still unread are merged, so the ring is bounded by the number of sources. */
+/* Events from the data plane to Python: a bounded list and one eventfd. Posting never blocks and never allocates:
+ * equal (type, source) pairs that are still unread are merged, so the list is bounded by the number of sources. The
+ * merged event has the place and the value of the last post (EVENT_IO_ERROR: the value of the first). */
 #ifndef RBDN_EVENT_H
 #define RBDN_EVENT_H
 #include <stdint.h>
@@ -11,6 +12,7 @@ enum event_type {
     EVENT_EXPORT_DISCONNECTED = 4, /* source = export id, value = clients left */
     EVENT_EXPORT_BROKEN = 5,       /* source = export id, value = queue index or -1: a hostile ring or message */
     EVENT_EXPORT_STOPPED = 6,      /* source = export id: all clients gone after rbdn_export_stop */
+    EVENT_LOST = 7,                /* more unread events than the list holds: ask every source for its state */
 };
 void event_post(int type, uint64_t source, int64_t value);
 #endif

@@ -27,11 +27,15 @@ struct post {
     void *owner;
 };
 
-/* Self-tuning poll: polled while spinning, at most spin_ns after the last work found. Returns true when it worked. */
+/* Self-tuning poll: polled while spinning, at most 50 us after the last work found. Returns true when it worked.
+ * `sleep`, when not NULL, runs before the reactor blocks: switch the peer's notifications on again and look once
+ * more; true = there was work, do not block. Both may add and remove pollers, themselves included: who has nothing to
+ * do for a while removes its poller, so that idle queues cost nothing. */
 struct poller {
     struct poller *next;
     bool (*poll)(struct poller *);
     void *owner;
+    bool (*sleep)(struct poller *);
 };
 
 int reactors_start(unsigned count);      /* 0 or -errno; idempotent; count 0 = one per core */

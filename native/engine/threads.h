@@ -1,0 +1,31 @@
+/* Helpers of the engine's own threads; not for transports. */
+#ifndef RBDN_THREADS_H
+#define RBDN_THREADS_H
+
+#include <pthread.h>
+#include <stdint.h>
+#include <time.h>
+
+#include "engine/reactor.h"
+
+/* pthread_create with every signal blocked: signals belong to Python's threads. 0 or -errno. */
+int thread_start(pthread_t *, void *(*main)(void *), void *arg);
+
+/* One thread for all timers, started when needed, ended when none is set. run() must be short and must not block. */
+struct timer {
+    struct timer *next;
+    uint64_t due_ns; /* CLOCK_MONOTONIC */
+    void (*run)(struct timer *);
+    void *owner;
+};
+/* The timer is not set now. It runs once, on any thread, at or after due_ns; it may be set again from run(). */
+void timer_set(struct timer *, uint64_t due_ns);
+
+static inline uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+#endif
