@@ -1,0 +1,265 @@
+"""What the lock machine hears and says: states, events, actions. See `lock.py`."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+COOKIE_PREFIX = "auto "
+
+
+def cookie_of(handle: int) -> str:
+    return f"{COOKIE_PREFIX}{handle}"
+
+
+def handle_of(cookie: str) -> int | None:
+    """The watch handle a lock cookie quotes, or None when the lock is not of the automatic kind."""
+    digits = cookie.removeprefix(COOKIE_PREFIX)
+    if digits == cookie or not digits.isascii() or not digits.isdigit() or len(digits) > 20:
+        return None
+    return int(digits)
+
+
+@dataclass(frozen=True)
+class Locker:
+    """Who holds the lock: the whole identity is compared, never a part of it."""
+
+    gid: int
+    cookie: str
+    address: str
+
+
+@dataclass(frozen=True)
+class LockView:
+    """The lock as read. `foreign`: shared, or of another tag or cookie form, so never ours to ask or break."""
+
+    owner: Locker | None = None
+    foreign: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a RequestLock notify brought: the owner's result (0 or a positive errno), None when no owner spoke."""
+
+    result: int | None
+
+
+class LockState(Enum):
+    UNLOCKED = auto()
+    NO_WATCH = auto()  # wanted, but a lock needs a watch first
+    LOOKING = auto()  # reading the lock
+    LOCKING = auto()
+    CHECKING = auto()  # is the owner's watch there?
+    RELOOKING = auto()  # it is not: is it still the same owner?
+    BLOCKLISTING = auto()
+    BREAKING = auto()
+    ASKING = auto()
+    WAITING = auto()  # for the owner, or for a retry
+    POST_ACQUIRING = auto()  # the class lock is ours, the image is not ready yet
+    LOCKED = auto()
+    RELOCK_LOOKING = auto()  # the watch is new: is the lock still ours?
+    RELOCKING = auto()  # putting the new cookie in
+    RELOCK_WAITING = auto()  # neither worked: once more in a moment
+    QUIESCING = auto()  # the image drains
+    UNLOCKING = auto()
+    UNLOCK_RETRY = auto()
+    ANNOUNCING = auto()  # telling the others that the lock is free
+    FENCED = auto()
+    STOPPED = auto()
+
+
+# --- events ------------------------------------------------------------------------------------------------------
+
+
+class Event:
+    """Base of everything that can happen to the lock."""
+
+
+@dataclass(frozen=True)
+class Acquire(Event):
+    pass
+
+
+@dataclass(frozen=True)
+class Abandon(Event):
+    """Nobody waits for the lock any more."""
+
+
+@dataclass(frozen=True)
+class Release(Event):
+    pass
+
+
+@dataclass(frozen=True)
+class Shutdown(Event):
+    pass
+
+
+@dataclass(frozen=True)
+class WatchUp(Event):
+    handle: int
+
+
+@dataclass(frozen=True)
+class WatchDown(Event):
+    pass
+
+
+@dataclass(frozen=True)
+class Fenced(Event):
+    """This client may not use the store any more (ESHUTDOWN), or the image is gone (ENOENT)."""
+
+    errno: int = errno.ESHUTDOWN
+
+
+@dataclass(frozen=True)
+class Done(Event):
+    """The operation `op` ended. `errno` 0 or positive; `value` is a LockView, a bool or an Answer."""
+
+    op: int
+    errno: int = 0
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class PeerAcquired(Event):
+    gid: int
+    handle: int
+
+
+@dataclass(frozen=True)
+class PeerReleased(Event):
+    pass
+
+
+@dataclass(frozen=True)
+class PeerRequested(Event):
+    """Someone wants the lock: the answer is a Reply."""
+
+
+# --- actions -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Look:
+    """-> Done(value=LockView)"""
+
+    op: int
+
+
+@dataclass(frozen=True)
+class TryLock:
+    op: int
+    cookie: str
+
+
+@dataclass(frozen=True)
+class CheckOwner:
+    """-> Done(value=True when a watch with the owner's address and handle is there)"""
+
+    op: int
+    owner: Locker
+
+
+@dataclass(frozen=True)
+class Blocklist:
+    op: int
+    address: str
+
+
+@dataclass(frozen=True)
+class Break:
+    op: int
+    owner: Locker
+
+
+@dataclass(frozen=True)
+class Ask:
+    """-> Done(value=Answer)"""
+
+    op: int
+
+
+@dataclass(frozen=True)
+class Sleep:
+    op: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RunPostAcquire:
+    op: int
+
+
+@dataclass(frozen=True)
+class RunPreRelease:
+    op: int
+
+
+@dataclass(frozen=True)
+class Unlock:
+    op: int
+    cookie: str
+
+
+@dataclass(frozen=True)
+class SetCookie:
+    op: int
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class AnnounceReleased:
+    op: int
+    handle: int
+
+
+@dataclass(frozen=True)
+class AnnounceAcquired:
+    """Nobody waits for it."""
+
+    handle: int
+
+
+@dataclass(frozen=True)
+class Acquired:
+    """The waiters own the lock."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    errno: int
+
+
+@dataclass(frozen=True)
+class Released:
+    errno: int = 0
+
+
+@dataclass(frozen=True)
+class Lost:
+    """This client is fenced (ESHUTDOWN), or the image gone (ENOENT); so is the lock, if it was ours."""
+
+    errno: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Ack of a request: None is the empty ack of a client that does not own the lock, else 0 or a positive errno."""
+
+    result: int | None
+
+
+@dataclass(frozen=True)
+class Stopped:
+    errno: int = 0
+
+
+Operation = (
+    Look | TryLock | CheckOwner | Blocklist | Break | Ask | Sleep | RunPostAcquire | RunPreRelease | Unlock
+    | SetCookie | AnnounceReleased
+)  # fmt: skip
+Action = Operation | AnnounceAcquired | Acquired | Refused | Released | Lost | Reply | Stopped
