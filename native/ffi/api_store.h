@@ -10,9 +10,12 @@ typedef struct store rbdn_store;
 
 /* Opens (create: makes) the folder `dir` that holds one image's data objects of 2^order bytes.
  * Runs crash recovery when the last user did not close and nobody else has it open. NULL and *err on failure. */
+/* order 0 (not with create): whatever it is. -EIO a damaged index, -EPROTONOSUPPORT a newer one, -EINVAL other order. */
 rbdn_store *rbdn_layout_open(const char *dir, unsigned order, int create, int *err);
+/* Reads leave buffers untouched: only for measuring. */
 rbdn_store *rbdn_null_open(unsigned order, int *err);
-/* A store that wraps another (and owns it): fails or delays chosen operations. See store_fault.c for `spec`. */
+/* A store that wraps another (and owns it): fails or delays chosen operations. See store_fault.c for `spec`.
+ * Every rbdn_layout_* call reaches through it. On failure `inner` stays the caller's. */
 rbdn_store *rbdn_fault_open(rbdn_store *inner, const char *spec, int *err);
 void rbdn_store_close(rbdn_store *s); /* after its images were closed */
 
@@ -35,15 +38,19 @@ int rbdn_layout_rollback(rbdn_store *s, uint64_t objno, uint64_t snap_id, uint64
 /* Clones of one object, oldest first: rows of (clone id, lowest snap id covered exclusive, size); returns rows. */
 int rbdn_layout_clones(rbdn_store *s, uint64_t objno, uint64_t *rows, uint32_t max);
 uint64_t rbdn_layout_snap_seq(rbdn_store *s, uint64_t objno); /* snapset seq of the object, 0 when it never existed */
-/* Forget what only removed snapshots needed. `live`: every snapshot id that still exists in the pool, ascending. */
+/* Forget what only removed snapshots needed. `live`: every snapshot id that still exists in the pool, ascending, and
+ * last the lowest id that was not given out yet: clones from there on may belong to a snapshot made since the list was
+ * read, so they are left alone (without that last number the clones of the newest removed snapshots stay). */
 int rbdn_layout_trim(rbdn_store *s, const uint64_t *live, uint32_t nlive);
 /* HEAD object map kept in the layout's index: one byte (0..3) per object. count -1 in set = there is none. */
 int64_t rbdn_layout_map_get(rbdn_store *s, uint8_t *states, uint64_t max); /* number of objects in the map; -ENOENT none */
+/* Durable on return. */
 int rbdn_layout_map_set(rbdn_store *s, const uint8_t *states, int64_t count);
 /* The kernel lock of the exclusive-lock owner, on the open file description that writes HEAD data: it is free only when
  * no byte of an earlier owner can be written any more. -ETIMEDOUT while another process has it. Counted per handle. */
 int rbdn_layout_own(rbdn_store *s, int timeout_ms);
 int rbdn_layout_disown(rbdn_store *s);
-/* Verify offline: calls for each finding are appended to `text` (NUL-terminated lines); returns the number of findings. */
+/* Verify offline: one line per finding in `text` (each ends in a newline, all in one NUL; what does not fit is left
+ * out); returns the number of findings. */
 int rbdn_layout_check(rbdn_store *s, char *text, size_t size);
 #endif

@@ -28,9 +28,10 @@ struct snapc {
 
 enum store_op_type {
     STORE_READ,     /* bytes read (short at the object's end; the caller zero-fills); -ENOENT no object */
-    STORE_WRITE,    /* 0; creates the object unless STORE_GUARD; extends it */
+    STORE_WRITE,    /* 0; creates the object unless STORE_GUARD; extends it. A new object may be seen, also after a
+                       power cut, holding zeros before the data: where a parent shines through, use COPYUP */
     STORE_ZERO,     /* 0; bytes off..off+len read as zero; never extends; -ENOENT no object */
-    STORE_TRUNCATE, /* 0; object ends at off; with STORE_CREATE creates an empty one (a clone's tombstone) */
+    STORE_TRUNCATE, /* 0; object ends at off; -ENOENT no object, with STORE_CREATE makes one (a clone's tombstone) */
     STORE_REMOVE,   /* 0; -ENOENT no object. Older snapshots keep their content */
     STORE_COPYUP,   /* 0; writes iov at 0 if there is no object, else does nothing. The copy, made with an empty
                        snap context, belongs to every snapshot too. Durable before the object is seen to exist */
