@@ -1,0 +1,37 @@
+"""`rbdpy store check`: verifies an embedded store that nobody uses and explains each finding."""
+
+from __future__ import annotations
+
+import argparse
+
+from librbd_py import rados
+from librbd_py.cli.output import Rows, Section
+from librbd_py.cli.registry import command, with_format
+from librbd_py.cli.session import Failure, Session
+
+
+def with_repair(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repair", action="store_true", help="mend what can be mended without losing data")
+
+
+@command("store check", "Verify the embedded store offline and explain each finding.", with_repair, with_format)
+def check(session: Session) -> None:
+    from librbd_py.store.embedded import check as checker
+
+    url = session.options.store or rados.default_store()
+    path = url.removeprefix("embedded:")
+    try:
+        findings = checker.check(path, repair=session.options.repair)
+    except OSError as error:
+        raise Failure(f"rbd: store check: {error.strerror or error}", error.errno or 5) from None
+    rows = Rows("findings", [
+        Section("finding", {"severity": f.severity, "where": f.where, "what": f.what, "advice": f.advice}) for f in findings
+    ])  # fmt: skip
+    if not session.plain:
+        session.show(rows)
+    for row in rows if session.plain else ():
+        print(f"{row['severity']}: {row['where']}: {row['what']}\n\t{row['advice']}")
+    if session.plain and not rows:
+        print("no findings")
+    if any(row["severity"] == "error" for row in rows):
+        raise Failure("", 1)
