@@ -1,0 +1,322 @@
+"""The daemon's QMP commands: block nodes on RBD images, exports of them, an NBD server.
+
+Commands and shapes are qemu-storage-daemon's where it has the command, so that `qmp-shell` and scripts for it work.
+One command changes the daemon at a time (the lock of `Service`); queries do not wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import grp
+import json
+import logging
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from qemu_glue import shapes
+from qemu_glue.arguments import check
+from qemu_glue.exports import NBDServer, start_reactors, vhost_user_blk
+from qemu_glue.nodes import Node
+from qemu_glue.qmp_server import PACKAGE, VERSION
+from qemu_glue.qmp_wire import QMPError
+from qemu_glue.served import ServedExport
+
+log = logging.getLogger(__name__)
+
+Emit = Callable[[str, dict[str, Any]], None]
+
+
+class Service:
+    """Nodes, exports and the NBD server of one daemon. `emit` sends a QMP event; `state` is the file that remembers
+    what is served, so that a daemon started again after a crash serves the same (None: nothing is remembered)."""
+
+    def __init__(self, store_url: str | None, emit: Emit, state: Path | None = None) -> None:
+        self.store_url = store_url
+        self.emit = emit
+        self.nodes: dict[str, Node] = {}
+        self.exports: dict[str, ServedExport] = {}
+        self.nbd: NBDServer | None = None
+        self.quit = asyncio.Event()
+        self._state = state
+        self._log: list[dict[str, Any]] = []  # the commands that made what is served, in order
+        self._lock = asyncio.Lock()
+        self._next_id = 1
+
+    def handlers(self) -> dict[str, Callable[[dict[str, Any]], Coroutine[Any, Any, Any]]]:
+        return {
+            "blockdev-add": self.blockdev_add,
+            "blockdev-del": self.blockdev_del,
+            "block-export-add": self.block_export_add,
+            "block-export-del": self.block_export_del,
+            "block_resize": self.block_resize,
+            "nbd-server-start": self.nbd_server_start,
+            "nbd-server-stop": self.nbd_server_stop,
+            "query-block-exports": self.query_block_exports,
+            "query-named-block-nodes": self.query_named_block_nodes,
+            "query-block": self.query_block,
+            "query-blockstats": self.query_blockstats,
+            "query-version": self.query_version,
+            "query-status": self.query_status,
+            "x-rbd-throttle": self.throttle,
+            "quit": self.quit_command,
+        }
+
+    # --- nodes
+
+    async def blockdev_add(self, arguments: dict[str, Any]) -> None:
+        driver = arguments.get("driver")
+        if driver != "rbd":
+            raise QMPError("Parameter 'driver' is missing" if driver is None else f"Unknown driver '{driver}'")
+        checked = check(arguments, shapes.BLOCKDEV_RBD)
+        name = checked["node-name"]
+        if not name or not all(c.isascii() and (c.isalnum() or c in "-_.") for c in name) or not name[0].isalpha():
+            raise QMPError(f"Invalid node-name: '{name}'")
+        async with self._lock:
+            if name in self.nodes:
+                raise QMPError(f"Duplicate nodes with node-name='{name}'")
+            self.nodes[name] = await asyncio.to_thread(Node.open, checked, self.store_url)
+            self._remember("blockdev-add", arguments)
+
+    async def blockdev_del(self, arguments: dict[str, Any]) -> None:
+        name = check(arguments, shapes.NODE_ONLY)["node-name"]
+        async with self._lock:
+            node = self._node(name)
+            if any(export.node is node for export in self.exports.values()):
+                raise QMPError(f"Node '{name}' is busy: node is used as block export")
+            await asyncio.to_thread(node.close)
+            del self.nodes[name]
+            self._forget(lambda c: c["execute"] == "blockdev-add" and c["arguments"]["node-name"] == name)
+
+    async def block_resize(self, arguments: dict[str, Any]) -> None:
+        checked = check(arguments, shapes.BLOCK_RESIZE)
+        name = checked["node-name"] or checked["device"]
+        if name is None:
+            raise QMPError("Either 'node-name' or 'device' must be given")
+        async with self._lock:
+            await asyncio.to_thread(self._node(name).resize, checked["size"])
+
+    async def throttle(self, arguments: dict[str, Any]) -> None:
+        """Limits one node; 0 lifts a limit."""
+        checked = check(arguments, shapes.THROTTLE)
+        async with self._lock:
+            self._node(checked["node-name"]).throttle(checked["iops"], checked["bps"])
+
+    def _node(self, name: str) -> Node:
+        node = self.nodes.get(name)
+        if node is None:
+            raise QMPError(f"Cannot find device='' nor node-name='{name}'")
+        return node
+
+    # --- exports
+
+    async def nbd_server_start(self, arguments: dict[str, Any]) -> None:
+        checked = check(arguments, shapes.NBD_SERVER_START)
+        if checked["tls-creds"] or checked["tls-authz"]:
+            raise QMPError("TLS is not supported by this NBD server")
+        address = checked["addr"]
+        kind = address.get("type")
+        shape = shapes.SOCKET_ADDRESS.get(kind) if isinstance(kind, str) else None
+        if shape is None:
+            raise QMPError(f"Parameter 'addr.type' does not accept value '{kind}'")
+        data = check(address, shape, "addr.")["data"]
+        async with self._lock:
+            if self.nbd:
+                raise QMPError("NBD server already running")
+            start_reactors()
+            server = NBDServer(checked["max-connections"] or 1 << 16)
+            try:
+                if kind == "unix":
+                    server.listen_unix(data["path"])
+                else:
+                    server.listen_inet(data["host"], _port(data["port"]))
+            except OSError:
+                server.stop()
+                raise
+            self.nbd = server
+            self._remember("nbd-server-start", arguments)
+
+    async def nbd_server_stop(self, arguments: dict[str, Any]) -> None:
+        check(arguments, shapes.NOTHING)
+        async with self._lock:
+            if self.nbd is None:
+                raise QMPError("NBD server not running")
+            for export in [e for e in self.exports.values() if e.type == "nbd"]:
+                await self._end(export, hard=True)
+            await asyncio.to_thread(self.nbd.stop)
+            self.nbd = None
+            self._forget(lambda c: c["execute"] == "nbd-server-start")
+
+    async def block_export_add(self, arguments: dict[str, Any]) -> None:
+        kind = arguments.get("type")
+        shape = shapes.EXPORTS.get(kind) if isinstance(kind, str) else None
+        if shape is None:
+            raise QMPError("Parameter 'type' is missing" if kind is None else f"Parameter 'type' does not accept value '{kind}'")
+        checked = check(arguments, shape)
+        async with self._lock:
+            if checked["id"] in self.exports:
+                raise QMPError(f"Block export id '{checked['id']}' is already in use")
+            node = self._node(checked["node-name"])
+            if checked["writable"] and node.read_only:
+                raise QMPError(f"Block node is read-only: '{node.name}'")
+            export = await asyncio.to_thread(self._start, checked, node)
+            self.exports[export.id] = export
+            self._remember("block-export-add", arguments)
+
+    def _start(self, checked: dict[str, Any], node: Node) -> ServedExport:
+        start_reactors()
+        number, self._next_id = self._next_id, self._next_id + 1
+        if checked["type"] == "nbd":
+            if self.nbd is None:
+                raise QMPError("NBD server not running")
+            if checked["bitmaps"] or checked["allocation-depth"]:
+                raise QMPError("bitmaps and allocation-depth are not supported by this NBD server")
+            name = node.name if checked["name"] is None else checked["name"]
+            native = self.nbd.export(
+                number, node.native, name, writable=checked["writable"], description=checked["description"]
+            )
+        else:
+            depth = checked["queue-size"]
+            if depth & (depth - 1):
+                raise QMPError("Parameter 'queue-size' must be a power of two")
+            native = vhost_user_blk(
+                number,
+                node.native,
+                checked["addr"]["path"],
+                writable=checked["writable"],
+                num_queues=checked["num-queues"],
+                queue_size=depth,
+                serial=checked["serial"] or node.image_name[:20],
+                block_size=checked["logical-block-size"],
+                mode=checked["socket-mode"],
+                group=_group(checked["socket-group"]),
+            )
+        return ServedExport(checked["id"], checked["type"], node, number, native)
+
+    async def block_export_del(self, arguments: dict[str, Any]) -> None:
+        checked = check(arguments, shapes.EXPORT_DEL)
+        async with self._lock:
+            export = self.exports.get(checked["id"])
+            if export is None:
+                raise QMPError(f"Export '{checked['id']}' is not found")
+            if checked["mode"] == "safe" and export.native.stats().clients:
+                raise QMPError(f"export '{export.id}' still in use")
+            await self._end(export, hard=True)
+
+    async def _end(self, export: ServedExport, hard: bool) -> None:
+        await export.end(hard)
+        del self.exports[export.id]
+        self._forget(lambda c: c["execute"] == "block-export-add" and c["arguments"]["id"] == export.id)
+        self.emit("BLOCK_EXPORT_DELETED", {"id": export.id})
+
+    def export_event(self, number: int, what: str, value: int) -> None:
+        """From the event dispatcher, on the loop's thread."""
+        for export in self.exports.values():
+            if export.number == number:
+                export.happened(what)
+                if what == "broken":
+                    log.warning("export %s: a client broke the protocol (queue %d)", export.id, value)
+
+    # --- queries
+
+    async def query_block_exports(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        check(arguments, shapes.NOTHING)
+        return [export.describe() for export in self.exports.values()]
+
+    async def query_named_block_nodes(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        check(arguments, shapes.QUERY_NAMED_NODES)
+        return [node.describe() for node in self.nodes.values()]
+
+    async def query_block(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        """What `info block` needs: one entry per node, as QEMU cannot offer it for vhost-user disks."""
+        check(arguments, shapes.NOTHING)
+        return [
+            {
+                "device": "",
+                "qdev": node.name,
+                "type": "unknown",
+                "removable": False,
+                "locked": False,
+                "io-status": "ok",
+                "inserted": node.describe(),
+            }
+            for node in self.nodes.values()
+        ]
+
+    async def query_blockstats(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        check(arguments, shapes.QUERY_BLOCKSTATS)
+        return [node.blockstats() for node in self.nodes.values()]
+
+    async def query_version(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        check(arguments, shapes.NOTHING)
+        return {"qemu": dict(zip(("major", "minor", "micro"), VERSION, strict=True)), "package": PACKAGE}
+
+    async def query_status(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        check(arguments, shapes.NOTHING)
+        return {"running": True, "singlestep": False, "status": "running"}
+
+    # --- end, state
+
+    async def quit_command(self, arguments: dict[str, Any]) -> None:
+        check(arguments, shapes.NOTHING)
+        self.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+        asyncio.get_running_loop().call_soon(self.quit.set)
+
+    async def close(self) -> None:
+        """Ends exports (clients are dropped), the NBD server and nodes. What is remembered stays: only commands change it,
+        so that a daemon that is stopped for an upgrade serves the same when it comes back."""
+        async with self._lock:
+            self._state = None
+            for export in list(self.exports.values()):
+                await self._end(export, hard=True)
+            if self.nbd:
+                await asyncio.to_thread(self.nbd.stop)
+                self.nbd = None
+            for node in self.nodes.values():
+                await asyncio.to_thread(node.close)
+            self.nodes.clear()
+
+    def _remember(self, name: str, arguments: dict[str, Any]) -> None:
+        self._log.append({"execute": name, "arguments": arguments})
+        self._save()
+
+    def _forget(self, match: Callable[[dict[str, Any]], bool]) -> None:
+        self._log = [command for command in self._log if not match(command)]
+        self._save()
+
+    def _save(self) -> None:
+        if self._state:
+            temporary = self._state.with_name(self._state.name + ".new")
+            temporary.write_text(json.dumps(self._log, indent=1) + "\n")
+            temporary.replace(self._state)
+
+    async def restore(self) -> None:
+        """Runs the remembered commands. One that fails (its image was removed, say) is logged and forgotten."""
+        if self._state is None or not self._state.exists():
+            return
+        try:
+            commands = json.loads(self._state.read_text())
+            remembered = [(str(c["execute"]), dict(c["arguments"])) for c in commands]
+        except (ValueError, KeyError, TypeError) as error:
+            raise QMPError(f"{self._state} is not a state file of rbdpyd: {error}") from None
+        handlers = self.handlers()
+        for name, arguments in remembered:
+            try:
+                await handlers[name](arguments)
+            except (QMPError, OSError, KeyError) as error:
+                log.error("restore: %s %s: %s", name, arguments, error)
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise QMPError(f"Parameter 'addr.data.port' does not accept value '{text}'")
+    return int(text)
+
+
+def _group(name: str | None) -> int:
+    if name is None:
+        return -1
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise QMPError(f"There is no group '{name}'") from None

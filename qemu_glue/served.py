@@ -1,0 +1,43 @@
+"""An export as the daemon keeps it: the native export, the node it serves, and the wait for its end."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from qemu_glue.exports import Export
+from qemu_glue.nodes import Node
+
+DROP_DEADLINE = 30.0  # seconds a dropped client's requests in flight may take
+
+
+class ServedExport:
+    def __init__(self, export_id: str, kind: str, node: Node, number: int, native: Export) -> None:
+        self.id = export_id
+        self.type = kind
+        self.node = node
+        self.number = number  # the native id, never used twice in a daemon's life
+        self.native = native
+        self._stopped = asyncio.Event()
+        self._ending = False
+
+    def happened(self, what: str) -> None:
+        """An event of the native export."""
+        if what == "stopped":
+            self._stopped.set()
+
+    async def end(self, hard: bool) -> None:
+        """Stops and frees the export. ETIMEDOUT (builtin TimeoutError) when requests in flight do not end."""
+        self._ending = True
+        self.native.stop(hard)
+        await asyncio.wait_for(self._stopped.wait(), DROP_DEADLINE)
+        self.native.free()
+
+    def describe(self) -> dict[str, Any]:
+        """BlockExportInfo of QMP."""
+        return {
+            "id": self.id,
+            "type": self.type,
+            "node-name": self.node.name,
+            "shutting-down": self._ending,
+        }
