@@ -59,7 +59,8 @@ class NotifyReply:
 
 @dataclass(frozen=True)
 class CloneInfo:
-    """One row of list_snaps. `clone_id` NOSNAP is the head. `snaps` ascending. `overlap`: (offset, length) shared with the next newer."""
+    """One row of list_snaps. `clone_id` NOSNAP is the head. `snaps` ascending.
+    `overlap`: (offset, length) shared with the next newer."""
 
     clone_id: int
     snaps: tuple[int, ...]
@@ -100,6 +101,11 @@ class AssertVersion:
 
 
 @dataclass(frozen=True)
+class Version:
+    """-> int, what AssertVersion compares with; grows with every change. 0 in a write list that finds no object."""
+
+
+@dataclass(frozen=True)
 class CmpXattr:
     """ECANCELED unless equal (op 'eq'); ops as in RADOS: eq ne gt ge lt le."""
 
@@ -117,7 +123,8 @@ class OmapCmp:
 
 @dataclass(frozen=True)
 class CmpExt:
-    """-4095 - offset of the first difference (OSError.errno = 4095 + offset) when data differs; past the end reads as zeros."""
+    """OSError.errno = 4095 + offset of the first difference (in `data`) when data differs; past the end reads as
+    zeros."""
 
     offset: int
     data: bytes
@@ -251,7 +258,8 @@ class GetXattrs:
 
 @dataclass(frozen=True)
 class OmapGetVals:
-    """-> (dict[bytes, bytes] in key order, more: bool). Keys > start_after with the prefix, at most max_return."""
+    """-> (dict[bytes, bytes] in key order, more: bool). Keys > start_after with the prefix, at most max_return.
+    A store gives at most 1024 rows at once, as an OSD does: go on from the last key while `more`."""
 
     start_after: bytes = b""
     prefix: bytes = b""
@@ -260,7 +268,7 @@ class OmapGetVals:
 
 @dataclass(frozen=True)
 class OmapGetKeys:
-    """-> (list[bytes] in key order, more: bool)"""
+    """-> (list[bytes] in key order, more: bool), paged like OmapGetVals"""
 
     start_after: bytes = b""
     max_return: int = 1 << 62
@@ -309,7 +317,7 @@ WatchErrorCallback = Callable[[int, OSError], None]
 
 @dataclass
 class NativeData:
-    """An image's data objects for the C data plane. `handle` is a `rbdn_store *` (owned by the ObjectContext's store)."""
+    """An image's data objects for the C data plane. `handle` is a `rbdn_store *` (owned by the store)."""
 
     handle: Any
     keeps_object_map: bool  # the store records existence itself; the engine sends no object map updates
