@@ -151,7 +151,9 @@ class Service:
         kind = arguments.get("type")
         shape = shapes.EXPORTS.get(kind) if isinstance(kind, str) else None
         if shape is None:
-            raise QMPError("Parameter 'type' is missing" if kind is None else f"Parameter 'type' does not accept value '{kind}'")
+            raise QMPError(
+                "Parameter 'type' is missing" if kind is None else f"Parameter 'type' does not accept value '{kind}'"
+            )
         checked = check(arguments, shape)
         async with self._lock:
             if checked["id"] in self.exports:
@@ -263,8 +265,8 @@ class Service:
         asyncio.get_running_loop().call_soon(self.quit.set)
 
     async def close(self) -> None:
-        """Ends exports (clients are dropped), the NBD server and nodes. What is remembered stays: only commands change it,
-        so that a daemon that is stopped for an upgrade serves the same when it comes back."""
+        """Ends exports (clients are dropped), the NBD server and nodes. What is remembered stays: only commands change
+        it, so that a daemon that is stopped for an upgrade serves the same when it comes back."""
         async with self._lock:
             self._state = None
             for export in list(self.exports.values()):

@@ -3,7 +3,7 @@
     rbdpyd --store embedded:/var/lib/rbdpy --qmp /run/rbdpy/rbdpyd.sock [--state FILE]
            [--blockdev KEY=VALUE,...|JSON]... [--nbd-server KEY=VALUE,...|JSON] [--export KEY=VALUE,...|JSON]...
 
-The options --blockdev, --nbd-server and --export take what qemu-storage-daemon's take. With --state the daemon remembers
+--blockdev, --nbd-server and --export take what qemu-storage-daemon's options take. With --state the daemon remembers
 what is served; started again after a crash it serves the same on the same sockets, and QEMU reconnects.
 """
 
@@ -92,11 +92,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--store", help="embedded:/path or a plain path; default $RBDPY_STORE or /var/lib/rbdpy")
     parser.add_argument("--qmp", metavar="PATH", help="Unix socket of the QMP control connection (mode 0600)")
-    parser.add_argument("--state", metavar="FILE", type=Path, help="remember here what is served; serve it again on start")
+    parser.add_argument(
+        "--state", metavar="FILE", type=Path, help="remember here what is served; serve it again on start"
+    )
     parser.add_argument("--blockdev", metavar="OPTIONS", action="append", default=[], help="as blockdev-add")
     parser.add_argument("--nbd-server", metavar="OPTIONS", action="append", default=[], help="as nbd-server-start")
     parser.add_argument("--export", metavar="OPTIONS", action="append", default=[], help="as block-export-add")
-    parser.add_argument("--pidfile", metavar="FILE", type=Path, help="written when everything is served, removed at the end")
+    parser.add_argument(
+        "--pidfile", metavar="FILE", type=Path, help="written when everything is served, removed at the end"
+    )
     parser.add_argument("--verbose", "-v", action="count", default=0, help="log more (twice: debug)")
     return parser.parse_args(argv)
 

@@ -126,7 +126,9 @@ class NBDServer:
         """Takes over one connected socket."""
         check(lib.rbdn_nbd_serve(self._handle, os.dup(sock.fileno())), "cannot serve the connection")
 
-    def export(self, export_id: int, image: Any, name: str, *, writable: bool, description: str | None = None) -> Export:
+    def export(
+        self, export_id: int, image: Any, name: str, *, writable: bool, description: str | None = None
+    ) -> Export:
         """EEXIST when the name is taken."""
         config = ffi.new("rbdn_nbd_config *")
         config.read_only = not writable

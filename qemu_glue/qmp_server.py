@@ -120,9 +120,7 @@ class QMPServer:
     async def _run(self, monitor: Monitor, command: Command) -> Any:
         if not monitor.ready:
             if command.name != "qmp_capabilities":
-                raise QMPError(
-                    "Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound"
-                )
+                raise QMPError("Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound")
             if enable := command.arguments.get("enable"):
                 raise QMPError(f"Capability {enable[0] if isinstance(enable, list) else enable!r} not available")
             monitor.ready = True

@@ -76,7 +76,10 @@ NBD_SERVER_START = {
     "max-connections": Field(int, default=100, low=0, high=1 << 20),
 }
 SOCKET_ADDRESS = {
-    "unix": {"type": Field(str, required=True), "data": Field(dict, required=True, shape={"path": Field(str, required=True)})},
+    "unix": {
+        "type": Field(str, required=True),
+        "data": Field(dict, required=True, shape={"path": Field(str, required=True)}),
+    },
     "inet": {
         "type": Field(str, required=True),
         "data": Field(

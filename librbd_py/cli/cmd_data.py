@@ -47,8 +47,17 @@ def number_option(name: str, text: str) -> int:
 # --- import, export
 
 
-@command("import", "Import image from file.", with_image, with_path, with_dest, with_create, with_sparse, with_progress,
-         specs=("path-name", "dest-image-spec"))  # fmt: skip
+@command(
+    "import",
+    "Import image from file.",
+    with_image,
+    with_path,
+    with_dest,
+    with_create,
+    with_sparse,
+    with_progress,
+    specs=("path-name", "dest-image-spec"),
+)
 def import_(session: Session) -> None:
     """Zero runs of --sparse-size are not written. Without an image name the file's name is taken."""
     options = session.options
@@ -101,7 +110,7 @@ def _file_size(source: BinaryIO) -> int:
 
 
 def _fill(image: Any, source: BinaryIO, size: int | None, sparse: int, progress: Progress) -> None:
-    """Copies `source` into the image, skipping holes of the file and zero runs. With size None (a pipe) grows the image."""
+    """Copies `source` into the image, without holes of the file and zero runs. size None (a pipe): grows the image."""
     offset = 0
     while size is None or offset < size:
         if size is not None:
@@ -219,8 +228,15 @@ def with_usage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--merge-snapshots", action="store_true", help="merge snapshot sizes with its image")
 
 
-@command("diff", "Print extents that differ since a previous snap, or image creation.", with_image, with_snap, with_diff,
-         with_format, specs=("image-or-snap-spec",))  # fmt: skip
+@command(
+    "diff",
+    "Print extents that differ since a previous snap, or image creation.",
+    with_image,
+    with_snap,
+    with_diff,
+    with_format,
+    specs=("image-or-snap-spec",),
+)
 def diff(session: Session) -> None:
     options = session.options
     rows = Rows("extents")
@@ -239,15 +255,25 @@ def diff(session: Session) -> None:
     sys.stdout.write(table.text())
 
 
-@command("disk-usage", "Show disk usage stats for pool, image or snapshot.", with_image, with_snap, with_usage, with_format,
-         specs=("image-or-snap-spec",), aliases=("du",))  # fmt: skip
+@command(
+    "disk-usage",
+    "Show disk usage stats for pool, image or snapshot.",
+    with_image,
+    with_snap,
+    with_usage,
+    with_format,
+    specs=("image-or-snap-spec",),
+    aliases=("du",),
+)
 def usage(session: Session) -> None:
     spec = session.spec(snap="may", need_image=False)
     if spec.image:
         names = [spec.image]
         ioctx = session.ioctx(spec)
         if spec.image not in rbd.RBD().list(ioctx):
-            raise Failure(f"specified image {spec.image} is not found.\nrbd: du failed: (2) No such file or directory", 2)
+            raise Failure(
+                f"specified image {spec.image} is not found.\nrbd: du failed: (2) No such file or directory", 2
+            )
     else:
         spec = pool_spec(session)
         ioctx = session.ioctx(spec)
@@ -333,8 +359,12 @@ def with_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--io-threads", type=int, default=16, help="ios in flight [default: 16]")
     parser.add_argument("--io-total", default="1G", help="total size for IO (in B/K/M/G/T) [default: 1G]")
     parser.add_argument("--io-pattern", default="seq", choices=("rand", "seq", "full-seq"), help="IO pattern")
-    parser.add_argument("--rw-mix-read", type=int, default=50, help="read proportion in readwrite (<= 100) [default: 50]")
-    parser.add_argument("--io-type", choices=("read", "write", "readwrite", "rw"), help="IO type (read, write, or readwrite(rw))")
+    parser.add_argument(
+        "--rw-mix-read", type=int, default=50, help="read proportion in readwrite (<= 100) [default: 50]"
+    )
+    parser.add_argument(
+        "--io-type", choices=("read", "write", "readwrite", "rw"), help="IO type (read, write, or readwrite(rw))"
+    )
 
 
 @command("bench", "Simple benchmark.", with_image, with_bench, specs=("image-spec",))
@@ -354,7 +384,9 @@ def bench(session: Session) -> None:
             raise Failure(f"rbd: image size is smaller than io size {size_text(io_size)}", 22)
         print(f"bench  type {kind} io_size {io_size} io_threads {options.io_threads} bytes {total} pattern {pattern}")
         print("  SEC       OPS   OPS/SEC   BYTES/SEC")
-        _Bench(image, size, io_size, options.io_threads, kind, options.io_pattern, options.rw_mix_read).run(total // io_size)
+        _Bench(image, size, io_size, options.io_threads, kind, options.io_pattern, options.rw_mix_read).run(
+            total // io_size
+        )
 
 
 class _Bench:
@@ -408,8 +440,10 @@ class _Bench:
             self._image.flush()
         elapsed = max(time.monotonic() - started, 1e-9)
         rate = self._done / elapsed
-        print(f"elapsed: {elapsed:.0f}   ops: {self._done}   ops/sec: {rate:.6g}   "
-              f"bytes/sec: {size_text(int(rate * self._io_size))}/s")  # fmt: skip
+        print(
+            f"elapsed: {elapsed:.0f}   ops: {self._done}   ops/sec: {rate:.6g}   "
+            f"bytes/sec: {size_text(int(rate * self._io_size))}/s"
+        )
 
     def _line(self, second: str, ops: int, elapsed: float) -> None:
         rate = ops / elapsed

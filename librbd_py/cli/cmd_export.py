@@ -22,8 +22,16 @@ def with_serving(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--pidfile", metavar="FILE", help="written when the image is served")
 
 
-@command("export", "Export image to file, or serve it over NBD or vhost-user-blk.", with_image, with_snap, with_path,
-         with_progress, with_serving, specs=("source-image-or-snap-spec", "path-name"))  # fmt: skip
+@command(
+    "export",
+    "Export image to file, or serve it over NBD or vhost-user-blk.",
+    with_image,
+    with_snap,
+    with_path,
+    with_progress,
+    with_serving,
+    specs=("source-image-or-snap-spec", "path-name"),
+)
 def export(session: Session) -> None:
     options = session.options
     if not options.nbd and not options.vhost_user:

@@ -86,8 +86,16 @@ def creation(session: Session) -> dict[str, Any]:
     return chosen
 
 
-@command("create", "Create an empty image.", with_image, with_create, with_size, with_thick, with_progress,
-         specs=("image-spec",))  # fmt: skip
+@command(
+    "create",
+    "Create an empty image.",
+    with_image,
+    with_create,
+    with_size,
+    with_thick,
+    with_progress,
+    specs=("image-spec",),
+)
 def create(session: Session) -> None:
     spec, size, chosen = session.spec(), size_option(session), creation(session)
     ioctx = session.ioctx(spec)
@@ -170,7 +178,9 @@ def parent_text(parent: dict[str, Any] | None) -> str:
 
 
 def show_long(rows: list[dict[str, Any]]) -> None:
-    table = Table(("NAME", "left"), ("SIZE", "right"), ("PARENT", "left"), ("FMT", "right"), ("PROT", "left"), ("LOCK", "left"))
+    table = Table(
+        ("NAME", "left"), ("SIZE", "right"), ("PARENT", "left"), ("FMT", "right"), ("PROT", "left"), ("LOCK", "left")
+    )
     for row in rows:
         name = row["image"] + ("@" + row["snapshot"] if "snapshot" in row else "")
         protected = "yes" if row.get("protected") else ""
@@ -185,10 +195,15 @@ def long_section(row: dict[str, Any]) -> Section:
     section["size"] = row["size"]
     parent = row["parent"]
     if parent:
-        section["parent"] = Section("parent", {
-            "pool": parent["pool_name"], "pool_namespace": parent["pool_namespace"],
-            "image": parent["image_name"], "snapshot": parent["snap_name"],
-        })  # fmt: skip
+        section["parent"] = Section(
+            "parent",
+            {
+                "pool": parent["pool_name"],
+                "pool_namespace": parent["pool_namespace"],
+                "image": parent["image_name"],
+                "snapshot": parent["snap_name"],
+            },
+        )
     section["format"] = 2
     if "snapshot" in row:
         section["protected"] = "true" if row["protected"] else "false"
@@ -203,8 +218,15 @@ def stamp(moment: datetime) -> str:
     return time.ctime(seconds)
 
 
-@command("info", "Show information about image size, striping, etc.", with_image, with_snap, with_image_id, with_format,
-         specs=("image-or-snap-spec",))  # fmt: skip
+@command(
+    "info",
+    "Show information about image size, striping, etc.",
+    with_image,
+    with_snap,
+    with_image_id,
+    with_format,
+    specs=("image-or-snap-spec",),
+)
 def info(session: Session) -> None:
     spec = session.spec(snap="may", need_image=session.options.image_id is None)
     with session.image(spec, read_only=True) as image, failing("info"):
@@ -226,11 +248,18 @@ def info(session: Session) -> None:
         if spec.snap:
             shown["protected"] = "true" if image.is_protected_snap(spec.snap) else "false"
         if parent:
-            shown["parent"] = Section("parent", {
-                "pool": parent["pool_name"], "pool_namespace": parent["pool_namespace"], "image": parent["image_name"],
-                "id": parent["image_id"], "snapshot": parent["snap_name"],
-                "trash": parent["snap_namespace_type"] == rbd.RBD_SNAP_NAMESPACE_TYPE_TRASH, "overlap": image.overlap(),
-            })  # fmt: skip
+            shown["parent"] = Section(
+                "parent",
+                {
+                    "pool": parent["pool_name"],
+                    "pool_namespace": parent["pool_namespace"],
+                    "image": parent["image_name"],
+                    "id": parent["image_id"],
+                    "snapshot": parent["snap_name"],
+                    "trash": parent["snap_namespace_type"] == rbd.RBD_SNAP_NAMESPACE_TYPE_TRASH,
+                    "overlap": image.overlap(),
+                },
+            )
         if features & sizes.FEATURES["striping"]:
             shown |= {"stripe_unit": image.stripe_unit(), "stripe_count": image.stripe_count()}
     if session.plain:
@@ -289,22 +318,36 @@ def remove(session: Session) -> None:
         raise Failure(f"rbd: delete error: {reason(error)}", getattr(error, "errno", 5)) from None
 
 
-@command("rename", "Rename image within pool.", with_image, with_dest, specs=("source-image-spec", "dest-image-spec"),
-         aliases=("mv",))  # fmt: skip
+@command(
+    "rename",
+    "Rename image within pool.",
+    with_image,
+    with_dest,
+    specs=("source-image-spec", "dest-image-spec"),
+    aliases=("mv",),
+)
 def rename(session: Session) -> None:
     source, dest = session.spec(), session.spec(1, prefix="dest_")
     given = session.options.specs[1] if len(session.options.specs) > 1 else ""
     if not parse_spec(given).pool if given else not session.options.dest_pool:
         dest = Spec(source.pool, dest.namespace or source.namespace, dest.image, "")
     if (dest.pool, dest.namespace) != (source.pool, source.namespace):
-        raise Failure("rbd: mv/rename across pools not supported\n"
-                      f"source pool: {source.pool} dest pool: {dest.pool}", 22)  # fmt: skip
+        raise Failure(
+            f"rbd: mv/rename across pools not supported\nsource pool: {source.pool} dest pool: {dest.pool}", 22
+        )
     with failing("rename error"):
         rbd.RBD().rename(session.ioctx(source), source.image, dest.image)
 
 
-@command("resize", "Resize (expand or shrink) image.", with_image, with_size, with_shrink, with_progress,
-         specs=("image-spec",))  # fmt: skip
+@command(
+    "resize",
+    "Resize (expand or shrink) image.",
+    with_image,
+    with_size,
+    with_shrink,
+    with_progress,
+    specs=("image-spec",),
+)
 def resize(session: Session) -> None:
     spec, size = session.spec(), size_option(session)
     with session.image(spec) as image:
@@ -317,8 +360,15 @@ def resize(session: Session) -> None:
             image.resize(size, allow_shrink=session.options.allow_shrink, on_progress=progress)
 
 
-@command("clone", "Clone a snapshot into a CoW child image.", with_image, with_snap, with_dest, with_create,
-         specs=("source-snap-spec", "dest-image-spec"))  # fmt: skip
+@command(
+    "clone",
+    "Clone a snapshot into a CoW child image.",
+    with_image,
+    with_snap,
+    with_dest,
+    with_create,
+    specs=("source-snap-spec", "dest-image-spec"),
+)
 def clone(session: Session) -> None:
     dest, source = session.spec(1, prefix="dest_"), session.spec(snap="must")
     chosen = creation(session)
@@ -326,15 +376,24 @@ def clone(session: Session) -> None:
         rbd.RBD().clone(session.ioctx(source), source.image, source.snap, session.ioctx(dest), dest.image, **chosen)
 
 
-@command("flatten", "Fill clone with parent data (make it independent).", with_image, with_progress, specs=("image-spec",))
+@command(
+    "flatten", "Fill clone with parent data (make it independent).", with_image, with_progress, specs=("image-spec",)
+)
 def flatten(session: Session) -> None:
     with session.image(session.spec()) as image, failing("flatten error"):
         with session.progress("Image flatten") as progress:
             image.flatten(on_progress=progress)
 
 
-@command("children", "Display children of an image or its snapshot.", with_image, with_snap, with_children, with_format,
-         specs=("image-or-snap-spec",))  # fmt: skip
+@command(
+    "children",
+    "Display children of an image or its snapshot.",
+    with_image,
+    with_snap,
+    with_children,
+    with_format,
+    specs=("image-or-snap-spec",),
+)
 def children(session: Session) -> None:
     spec = session.spec(snap="may")
     with session.image(spec, read_only=True) as image, failing("listing children failed"):
@@ -357,8 +416,17 @@ def children(session: Session) -> None:
         print(Spec(row["pool"], row["pool_namespace"], row["image"], "").text() + trashed)
 
 
-@command("copy", "Copy src image to dest.", with_image, with_snap, with_dest, with_create, with_progress,
-         specs=("source-image-or-snap-spec", "dest-image-spec"), aliases=("cp",))  # fmt: skip
+@command(
+    "copy",
+    "Copy src image to dest.",
+    with_image,
+    with_snap,
+    with_dest,
+    with_create,
+    with_progress,
+    specs=("source-image-or-snap-spec", "dest-image-spec"),
+    aliases=("cp",),
+)
 def copy(session: Session) -> None:
     source, dest = session.spec(snap="may"), session.spec(1, prefix="dest_")
     chosen = creation(session)
@@ -372,7 +440,8 @@ def copy(session: Session) -> None:
 def status(session: Session) -> None:
     with session.image(session.spec(), read_only=True) as image, failing("show status failed"):
         watchers = [
-            Section("watcher", {"address": w["addr"], "client": w["id"], "cookie": w["cookie"]}) for w in image.watchers_list()
+            Section("watcher", {"address": w["addr"], "client": w["id"], "cookie": w["cookie"]})
+            for w in image.watchers_list()
         ]
     if not session.plain:
         session.show(Section("status", {"watchers": Rows("watchers", watchers)}))
@@ -393,8 +462,11 @@ def watch(session: Session) -> None:
     ioctx = session.ioctx(spec)
 
     def notified(notify_id: int, notifier: int, watch_id: int, data: bytes) -> bool:
-        print(f"{header} received notification: notify_id={notify_id}, cookie={watch_id}, notifier_id={notifier}, "
-              f"bl.length={len(data)}", flush=True)  # fmt: skip
+        print(
+            f"{header} received notification: notify_id={notify_id}, cookie={watch_id}, notifier_id={notifier}, "
+            f"bl.length={len(data)}",
+            flush=True,
+        )
         return True
 
     with failing("watch failed"), ioctx.watch(header, notified):

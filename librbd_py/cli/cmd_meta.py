@@ -25,8 +25,14 @@ def word(session: Session, position: int, name: str) -> str:
     return str(words[at])
 
 
-@command("image-meta list", "Image metadata list keys with values.", with_image, with_format, specs=("image-spec",),
-         aliases=("image-meta ls",))  # fmt: skip
+@command(
+    "image-meta list",
+    "Image metadata list keys with values.",
+    with_image,
+    with_format,
+    specs=("image-spec",),
+    aliases=("image-meta ls",),
+)
 def meta_list(session: Session) -> None:
     with session.image(session.spec(), read_only=True) as image, failing("listing metadata failed"):
         found = dict(sorted(image.metadata_list()))
@@ -44,7 +50,9 @@ def meta_list(session: Session) -> None:
     sys.stdout.write(table.text())
 
 
-@command("image-meta get", "Image metadata get the value associated with the key.", with_image, specs=("image-spec", "key"))
+@command(
+    "image-meta get", "Image metadata get the value associated with the key.", with_image, specs=("image-spec", "key")
+)
 def meta_get(session: Session) -> None:
     spec, key = session.spec(), word(session, 1, "metadata key")
     with session.image(spec, read_only=True) as image:
@@ -53,7 +61,9 @@ def meta_get(session: Session) -> None:
         except KeyError:
             raise Failure(
                 f"failed to get metadata {key} of image : (2) No such file or directory\n"
-                "rbd: getting metadata failed: (2) No such file or directory", 2) from None  # fmt: skip
+                "rbd: getting metadata failed: (2) No such file or directory",
+                2,
+            ) from None
 
 
 @command("image-meta set", "Image metadata set key with value.", with_image, specs=("image-spec", "key", "value"))
@@ -64,8 +74,13 @@ def meta_set(session: Session) -> None:
         image.metadata_set(key, value)
 
 
-@command("image-meta remove", "Image metadata remove the key and value associated.", with_image, specs=("image-spec", "key"),
-         aliases=("image-meta rm",))  # fmt: skip
+@command(
+    "image-meta remove",
+    "Image metadata remove the key and value associated.",
+    with_image,
+    specs=("image-spec", "key"),
+    aliases=("image-meta rm",),
+)
 def meta_remove(session: Session) -> None:
     spec, key = session.spec(), word(session, 1, "metadata key")
     with session.image(spec) as image:
@@ -74,7 +89,9 @@ def meta_remove(session: Session) -> None:
         except KeyError:
             raise Failure(
                 f"rbd: no existing metadata key {key} of image : (2) No such file or directory\n"
-                "rbd: removing metadata failed: (2) No such file or directory", 2) from None  # fmt: skip
+                "rbd: removing metadata failed: (2) No such file or directory",
+                2,
+            ) from None
 
 
 # --- feature
@@ -93,12 +110,16 @@ def _feature(session: Session, enabled: bool) -> None:
         image.update_features(bits, enabled)
 
 
-@command("feature enable", "Enable the specified image feature.", with_image, specs=("image-spec", "features"), many=True)
+@command(
+    "feature enable", "Enable the specified image feature.", with_image, specs=("image-spec", "features"), many=True
+)
 def feature_enable(session: Session) -> None:
     _feature(session, True)
 
 
-@command("feature disable", "Disable the specified image feature.", with_image, specs=("image-spec", "features"), many=True)
+@command(
+    "feature disable", "Disable the specified image feature.", with_image, specs=("image-spec", "features"), many=True
+)
 def feature_disable(session: Session) -> None:
     _feature(session, False)
 
@@ -110,13 +131,17 @@ def with_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shared", help="shared lock tag")
 
 
-@command("lock list", "Show locks held on an image.", with_image, with_format, specs=("image-spec",), aliases=("lock ls",))
+@command(
+    "lock list", "Show locks held on an image.", with_image, with_format, specs=("image-spec",), aliases=("lock ls",)
+)
 def lock_list(session: Session) -> None:
     with session.image(session.spec(), read_only=True) as image, failing("listing locks failed"):
         held: Any = image.list_lockers() or {"lockers": []}
     lockers = held["lockers"]
     if not session.plain:
-        rows = [Section("lock", {"id": cookie, "locker": locker, "address": address}) for locker, cookie, address in lockers]
+        rows = [
+            Section("lock", {"id": cookie, "locker": locker, "address": address}) for locker, cookie, address in lockers
+        ]
         session.show(Rows("locks", rows))
         return
     if not lockers:
@@ -141,16 +166,25 @@ def lock_add(session: Session) -> None:
             else:
                 image.lock_exclusive(cookie)
         except rbd.ImageExists as error:
-            raise Failure("rbd: lock is already held by someone else with a different tag"
-                          if session.options.shared else "rbd: lock is already held by you", error.errno) from None
+            raise Failure(
+                "rbd: lock is already held by someone else with a different tag"
+                if session.options.shared
+                else "rbd: lock is already held by you",
+                error.errno,
+            ) from None
         except rbd.ImageBusy as error:
             raise Failure("rbd: lock is already held by someone else", error.errno) from None
         except rbd.Error as error:
             raise Failure(f"rbd: taking lock failed: {reason(error)}", getattr(error, "errno", 5)) from None
 
 
-@command("lock remove", "Release a lock on an image.", with_image, specs=("image-spec", "lock-id", "locker"),
-         aliases=("lock rm",))  # fmt: skip
+@command(
+    "lock remove",
+    "Release a lock on an image.",
+    with_image,
+    specs=("image-spec", "lock-id", "locker"),
+    aliases=("lock rm",),
+)
 def lock_remove(session: Session) -> None:
     spec, cookie = session.spec(), word(session, 1, "lock id")
     locker = word(session, 2, "locker")
@@ -161,8 +195,14 @@ def lock_remove(session: Session) -> None:
 # --- object-map
 
 
-@command("object-map rebuild", "Rebuild an invalid object map.", with_image, with_snap, with_progress,
-         specs=("image-or-snap-spec",))  # fmt: skip
+@command(
+    "object-map rebuild",
+    "Rebuild an invalid object map.",
+    with_image,
+    with_snap,
+    with_progress,
+    specs=("image-or-snap-spec",),
+)
 def object_map_rebuild(session: Session) -> None:
     spec = session.spec(snap="may")
     with session.image(spec) as image, failing("rebuilding object map failed"):
@@ -180,7 +220,9 @@ def namespace_create(session: Session) -> None:
         rbd.RBD().namespace_create(_pool(session, spec), spec.namespace)
 
 
-@command("namespace remove", "Remove an RBD image namespace.", with_pool, specs=("pool-spec",), aliases=("namespace rm",))
+@command(
+    "namespace remove", "Remove an RBD image namespace.", with_pool, specs=("pool-spec",), aliases=("namespace rm",)
+)
 def namespace_remove(session: Session) -> None:
     spec = _namespace(session)
     try:
@@ -191,8 +233,14 @@ def namespace_remove(session: Session) -> None:
         raise Failure(f"rbd: failed to remove namespace: {reason(error)}", getattr(error, "errno", 5)) from None
 
 
-@command("namespace list", "List RBD image namespaces.", with_pool, with_format, specs=("pool-spec",),
-         aliases=("namespace ls",))  # fmt: skip
+@command(
+    "namespace list",
+    "List RBD image namespaces.",
+    with_pool,
+    with_format,
+    specs=("pool-spec",),
+    aliases=("namespace ls",),
+)
 def namespace_list(session: Session) -> None:
     spec = pool_spec(session)
     with failing("failed to list namespaces"):
@@ -254,5 +302,3 @@ def pool_stats(session: Session) -> None:
     empty = {"count": 0, "provisioned_bytes": 0, "snap_count": 0}
     counted = {"count": images, "provisioned_bytes": provisioned, "snap_count": snapshots}
     session.show(Section("stats", {"images": Section("images", counted), "trash": Section("trash", empty)}))
-
-

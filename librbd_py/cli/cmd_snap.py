@@ -37,8 +37,16 @@ def with_limit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="maximum allowed snapshot count")
 
 
-@command("snap create", "Create a snapshot.", with_image, with_snap, with_quiesce, with_progress, specs=("snap-spec",),
-         aliases=("snap add",))  # fmt: skip
+@command(
+    "snap create",
+    "Create a snapshot.",
+    with_image,
+    with_snap,
+    with_quiesce,
+    with_progress,
+    specs=("snap-spec",),
+    aliases=("snap add",),
+)
 def create(session: Session) -> None:
     spec, options = session.spec(snap="must"), session.options
     flags = 0
@@ -55,8 +63,16 @@ def user_snaps(image: Any) -> list[dict[str, Any]]:
     return [s for s in image.list_snaps() if s.get("namespace", 0) == rbd.RBD_SNAP_NAMESPACE_TYPE_USER]
 
 
-@command("snap list", "Dump list of image snapshots.", with_image, with_image_id, with_format, with_all,
-         specs=("image-spec",), aliases=("snap ls",))  # fmt: skip
+@command(
+    "snap list",
+    "Dump list of image snapshots.",
+    with_image,
+    with_image_id,
+    with_format,
+    with_all,
+    specs=("image-spec",),
+    aliases=("snap ls",),
+)
 def list_snaps(session: Session) -> None:
     everything = session.options.all
     spec = session.spec(need_image=session.options.image_id is None)
@@ -79,7 +95,13 @@ def list_snaps(session: Session) -> None:
     columns = [("SNAPID", "right"), ("NAME", "left"), ("SIZE", "left"), ("PROTECTED", "left"), ("TIMESTAMP", "left")]
     table = Table(*columns, *([("NAMESPACE", "left")] if everything else []))
     for row in rows:
-        cells = [row["id"], row["name"], size_text(row["size"]), "yes" if row["protected"] == "true" else "", row["timestamp"]]
+        cells = [
+            row["id"],
+            row["name"],
+            size_text(row["size"]),
+            "yes" if row["protected"] == "true" else "",
+            row["timestamp"],
+        ]
         if everything:
             kind = row["namespace"]
             cells.append(kind["type"] + (f" ({kind['original_name']})" if "original_name" in kind else ""))
@@ -88,8 +110,17 @@ def list_snaps(session: Session) -> None:
         sys.stdout.write(table.text())
 
 
-@command("snap remove", "Delete a snapshot.", with_image, with_snap, with_image_id, with_removal, with_progress,
-         specs=("snap-spec",), aliases=("snap rm",))  # fmt: skip
+@command(
+    "snap remove",
+    "Delete a snapshot.",
+    with_image,
+    with_snap,
+    with_image_id,
+    with_removal,
+    with_progress,
+    specs=("snap-spec",),
+    aliases=("snap rm",),
+)
 def remove(session: Session) -> None:
     options = session.options
     by_id = options.snap_id is not None
@@ -112,7 +143,9 @@ def remove(session: Session) -> None:
             raise Failure(f"rbd: failed to remove snapshot: {reason(error)}", getattr(error, "errno", 5)) from None
 
 
-@command("snap purge", "Delete all unprotected snapshots.", with_image, with_image_id, with_progress, specs=("image-spec",))
+@command(
+    "snap purge", "Delete all unprotected snapshots.", with_image, with_image_id, with_progress, specs=("image-spec",)
+)
 def purge(session: Session) -> None:
     with session.image(session.spec(need_image=session.options.image_id is None)) as image:
         snaps = user_snaps(image)
@@ -120,8 +153,11 @@ def purge(session: Session) -> None:
         if kept:
             names = ", ".join(f"'{name}'" for name in kept)
             which = "which is" if len(kept) == 1 else "which are"
-            print(f"rbd: error removing snapshot(s) {names}, {which} protected - these must be unprotected with "
-                  "`rbd snap unprotect`.", file=sys.stderr)  # fmt: skip
+            print(
+                f"rbd: error removing snapshot(s) {names}, {which} protected - these must be unprotected with "
+                "`rbd snap unprotect`.",
+                file=sys.stderr,
+            )
         try:
             with session.progress("Removing all snapshots") as progress:
                 doomed = [snap for snap in snaps if snap["name"] not in kept]
@@ -154,8 +190,15 @@ def unprotect(session: Session) -> None:
             image.unprotect_snap(spec.snap)
 
 
-@command("snap rollback", "Rollback image to snapshot.", with_image, with_snap, with_progress, specs=("snap-spec",),
-         aliases=("snap revert",))  # fmt: skip
+@command(
+    "snap rollback",
+    "Rollback image to snapshot.",
+    with_image,
+    with_snap,
+    with_progress,
+    specs=("snap-spec",),
+    aliases=("snap revert",),
+)
 def rollback(session: Session) -> None:
     spec = session.spec(snap="must")
     with session.image(spec, snap=False) as image, failing("rollback failed"):
@@ -163,8 +206,15 @@ def rollback(session: Session) -> None:
             image.rollback_to_snap(spec.snap, on_progress=progress)
 
 
-@command("snap rename", "Rename a snapshot.", with_image, with_snap, with_dest, with_dest_snap,
-         specs=("source-snap-spec", "dest-snap-spec"))  # fmt: skip
+@command(
+    "snap rename",
+    "Rename a snapshot.",
+    with_image,
+    with_snap,
+    with_dest,
+    with_dest_snap,
+    specs=("source-snap-spec", "dest-snap-spec"),
+)
 def rename(session: Session) -> None:
     source = session.spec(snap="must")
     dest = session.spec(1, prefix="dest_", snap="must", need_image=False)

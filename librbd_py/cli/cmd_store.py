@@ -24,9 +24,13 @@ def check(session: Session) -> None:
         findings = checker.check(path, repair=session.options.repair)
     except OSError as error:
         raise Failure(f"rbd: store check: {error.strerror or error}", error.errno or 5) from None
-    rows = Rows("findings", [
-        Section("finding", {"severity": f.severity, "where": f.where, "what": f.what, "advice": f.advice}) for f in findings
-    ])  # fmt: skip
+    rows = Rows(
+        "findings",
+        [
+            Section("finding", {"severity": f.severity, "where": f.where, "what": f.what, "advice": f.advice})
+            for f in findings
+        ],
+    )
     if not session.plain:
         session.show(rows)
     for row in rows if session.plain else ():

@@ -29,11 +29,11 @@ def script() -> str:
     for words in COMMANDS:
         for length in range(len(words)):
             follow.setdefault(" ".join(words[:length]), set()).add(words[length])
-    cases = [f"""    "{words}") answer="{' '.join(sorted(answer))}" ;;""" for words, answer in sorted(follow.items())]
+    cases = [f"""    "{words}") answer="{" ".join(sorted(answer))}" ;;""" for words, answer in sorted(follow.items())]
     for command in primary():
         options = [o for action in parser_of(command)._actions for o in action.option_strings if o.startswith("--")]
         for words in (command.words, *command.aliases):
             if " ".join(words) not in follow:
-                line = f"""    "{' '.join(words)}") answer="{' '.join(sorted(options))} $(rbdpy ls 2>/dev/null)" ;;"""
+                line = f"""    "{" ".join(words)}") answer="{" ".join(sorted(options))} $(rbdpy ls 2>/dev/null)" ;;"""
                 cases.append(line)
     return _TEMPLATE.replace("@CASES@", "\n".join(cases))

@@ -10,9 +10,22 @@ from typing import NoReturn
 from librbd_py.cli.registry import COMMANDS, Command
 from librbd_py.cli.session import Failure, Session
 
-VALUE_GLOBALS = {"--store": "store", "--conf": "conf", "-c": "conf", "--cluster": "cluster", "--id": "id", "--name": "id",
-                 "-n": "id", "--user": "id", "--mon_host": "mon", "-m": "mon", "--keyring": "keyring", "-k": "keyring",
-                 "--keyfile": "keyfile", "-K": "keyfile"}  # fmt: skip
+VALUE_GLOBALS = {
+    "--store": "store",
+    "--conf": "conf",
+    "-c": "conf",
+    "--cluster": "cluster",
+    "--id": "id",
+    "--name": "id",
+    "-n": "id",
+    "--user": "id",
+    "--mon_host": "mon",
+    "-m": "mon",
+    "--keyring": "keyring",
+    "-k": "keyring",
+    "--keyfile": "keyfile",
+    "-K": "keyfile",
+}
 
 
 def load_commands() -> None:
@@ -97,7 +110,14 @@ def find(words: list[str]) -> tuple[Command | None, list[str]]:
     before: list[str] = []
     while words and words[0].startswith("-") and words[0] != "--":
         before.append(words[0])
-        takes_value = "=" not in words[0] and words[0] in ("-p", "--pool", "--image", "--snap", "--namespace", "--format")
+        takes_value = "=" not in words[0] and words[0] in (
+            "-p",
+            "--pool",
+            "--image",
+            "--snap",
+            "--namespace",
+            "--format",
+        )
         if takes_value and len(words) > 1:
             before.append(words[1])
             words = words[1:]
@@ -156,7 +176,7 @@ def run(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, the errno of a failed operation, or 1 for a command line that cannot be understood, as `rbd`'s."""
+    """Exit status as `rbd`'s: 0, the errno of a failed operation, or 1 for a command line it does not understand."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         run(arguments)

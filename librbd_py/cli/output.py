@@ -31,7 +31,7 @@ def size_text(count: int) -> str:
 
 
 class Table:
-    """Columns two spaces apart. `columns`: (heading, "left" | "right"); headings are always left, as Ceph's TextTable."""
+    """Columns two spaces apart. `columns`: (heading, "left" | "right"); headings are left, as in Ceph's TextTable."""
 
     def __init__(self, *columns: tuple[str, str]) -> None:
         self._columns = columns
@@ -90,8 +90,8 @@ def _xml(name: str, value: Any, depth: int, pretty: bool) -> str:
 
 
 class Progress:
-    """`Verb: 42% complete...` on standard error, rewritten in place, as `rbd` shows it. Use as a context manager: it ends
-    with "done." or "failed.". Call it as the library's progress callback."""
+    """`Verb: 42% complete...` on standard error, rewritten in place, as `rbd` shows it. A context manager: it ends with
+    "done." or "failed.". Call it as the library's progress callback."""
 
     def __init__(self, verb: str, enabled: bool, stream: TextIO | None = None) -> None:
         self._verb = verb

@@ -1,4 +1,4 @@
-"""What every command works with: parsed options, the connection, pools, images, and the one way to end with an error."""
+"""What every command works with: options, the connection, pools, images, and the one way to end with an error."""
 
 from __future__ import annotations
 

@@ -1,0 +1,168 @@
+"""Block nodes: RBD images that the daemon has open, as QMP describes them."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+from librbd_py.image.handle import ImageHandle
+from librbd_py.image.resize import resize
+
+from librbd_py import rados
+from librbd_py.store import connect
+from librbd_py.store.api import Store
+from qemu_glue.qmp_wire import QMPError
+
+
+class Stores:
+    """Connections by store URL, shared by the nodes of a daemon and closed with the last one that uses them."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, tuple[Store, int]] = {}
+
+    def take(self, url: str) -> Store:
+        store, users = self._open.get(url, (None, 0))
+        if store is None:
+            store = connect(url)
+        self._open[url] = (store, users + 1)
+        return store
+
+    def give_back(self, url: str) -> None:
+        store, users = self._open[url]
+        if users > 1:
+            self._open[url] = (store, users - 1)
+        else:
+            del self._open[url]
+            store.close()
+
+
+STORES = Stores()  # one a process: a thousand images are one client of their store
+
+
+class Node:
+    """One open image. Made by open(); close() gives up its lock, watch and store connection."""
+
+    def __init__(self, arguments: dict[str, Any], url: str, handle: ImageHandle) -> None:
+        self.name: str = arguments["node-name"]
+        self.pool: str = arguments["pool"]
+        self.namespace: str = arguments["namespace"]
+        self.image_name: str = arguments["image"]
+        self.snapshot: str | None = arguments["snapshot"]
+        self.read_only: bool = arguments["read-only"] or self.snapshot is not None
+        self.handle = handle
+        self._url = url
+        self._direct = bool((arguments["cache"] or {}).get("direct", False))
+        self._no_flush = bool((arguments["cache"] or {}).get("no-flush", False))
+
+    @classmethod
+    def open(cls, arguments: dict[str, Any], store_url: str | None) -> Node:
+        """Blocks. QMPError or OSError with the reason when the store, pool or image cannot be opened."""
+        url = arguments["conf"] or store_url or rados.default_store()
+        read_only = arguments["read-only"] or arguments["snapshot"] is not None
+        store = STORES.take(url)
+        try:
+            context = store.open(arguments["pool"], arguments["namespace"])
+            handle = ImageHandle.open(context, arguments["image"], snapshot=arguments["snapshot"], read_only=read_only)
+        except OSError as error:
+            STORES.give_back(url)
+            where = "/".join(part for part in (arguments["pool"], arguments["namespace"], arguments["image"]) if part)
+            raise OSError(error.errno, f"error opening image {where}: {error.strerror or error}") from None
+        return cls(arguments, url, handle)
+
+    @property
+    def native(self) -> Any:
+        """The rbdn_image * that exports serve."""
+        return self.handle.native.pointer
+
+    @property
+    def size(self) -> int:
+        """Bytes, as of the last header read."""
+        return self.handle.header.size_at(self.handle.snap_id)
+
+    def resize(self, size: int) -> None:
+        """Blocks. Grows or shrinks the image; exports tell their clients."""
+        if self.read_only:
+            raise OSError(errno.EROFS, f"Block node is read-only: '{self.name}'")
+        resize(self.handle, size, allow_shrink=True)
+
+    def throttle(self, iops: int, bytes_per_second: int) -> None:
+        self.handle.native.throttle(iops, bytes_per_second)
+
+    def close(self) -> None:
+        """Blocks."""
+        try:
+            self.handle.close()
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise QMPError(f"Node '{self.name}' is in use") from None
+            raise
+        finally:
+            if self.handle.closed:
+                STORES.give_back(self._url)
+
+    # --- what QMP says of it
+
+    def describe(self) -> dict[str, Any]:
+        """BlockDeviceInfo."""
+        size = self.size
+        filename = "rbd:" + "/".join(part for part in (self.pool, self.namespace, self.image_name) if part)
+        if self.snapshot:
+            filename += "@" + self.snapshot
+        cache = {"writeback": True, "direct": self._direct, "no-flush": self._no_flush}
+        zeros = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+        return {
+            "node-name": self.name,
+            "file": filename,
+            "drv": "rbd",
+            "ro": self.read_only,
+            "encrypted": False,
+            "active": True,
+            "detect_zeroes": "off",
+            "write_threshold": 0,
+            "cache": cache,
+            "backing_file_depth": 0,
+            **zeros,
+            "image": {
+                "filename": filename,
+                "format": "rbd",
+                "virtual-size": size,
+                "cluster-size": 1 << self.handle.header.order,
+                "dirty-flag": False,
+            },
+        }
+
+    def blockstats(self) -> dict[str, Any]:
+        """BlockStats: totals since the node was added; latencies in nanoseconds."""
+        stats = self.handle.native.stats()
+        read, write, flush = stats.read, stats.write, stats.flush
+        unmap = stats.discard
+        numbers = {
+            "rd_bytes": read.bytes,
+            "wr_bytes": write.bytes,
+            "unmap_bytes": unmap.bytes,
+            "rd_operations": read.operations,
+            "wr_operations": write.operations,
+            "unmap_operations": unmap.operations,
+            "flush_operations": flush.operations,
+            "rd_total_time_ns": read.total_ns,
+            "wr_total_time_ns": write.total_ns,
+            "unmap_total_time_ns": unmap.total_ns,
+            "flush_total_time_ns": flush.total_ns,
+            "rd_merged": 0,
+            "wr_merged": 0,
+            "unmap_merged": 0,
+            "failed_rd_operations": read.failed,
+            "failed_wr_operations": write.failed,
+            "failed_unmap_operations": unmap.failed,
+            "failed_flush_operations": flush.failed,
+            "invalid_rd_operations": 0,
+            "invalid_wr_operations": 0,
+            "invalid_unmap_operations": 0,
+            "invalid_flush_operations": 0,
+            "idle_time_ns": stats.idle_ns,
+            "wr_highest_offset": 0,
+            "account_invalid": True,
+            "account_failed": True,
+            "timed_stats": [],
+        }
+        return {"node-name": self.name, "stats": numbers}
