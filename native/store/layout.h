@@ -46,7 +46,7 @@ struct index_header {
     uint32_t version, order, entry_size;
     uint32_t crc;                /* crc32c of the bytes before it */
     _Atomic uint32_t dirty;      /* 1: somebody changes things, or died doing so; 2: and a sync failed */
-    uint32_t unused;
+    _Atomic uint32_t users;      /* opened and not closed: more than there are when one was killed */
     _Atomic uint64_t clone_gen;  /* counts changes of the set of clone files */
     _Atomic uint64_t grown;      /* counts growth: who sees another value looks at the file's size again */
     _Atomic uint64_t map_plus1;  /* objects in the HEAD object map + 1; 0: none is kept */
@@ -113,6 +113,7 @@ struct layout {
     _Atomic bool ready;      /* the dirty mark is durable and no sync has failed: changes may go ahead */
     _Atomic bool failed;     /* an fdatasync failed: no write or flush succeeds any more */
     _Atomic bool index_dirty;/* like head.dirty */
+    _Atomic bool untidy;     /* a stray object could not be cleared: not to be closed as clean */
     pthread_mutex_t lock;
     struct rounds data_sync, flush;
 

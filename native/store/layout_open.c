@@ -70,8 +70,10 @@ static int join(struct layout *l)
         bool alone = flock(l->index, LOCK_EX | LOCK_NB) == 0;
         if (alone && atomic_load(&layout_header(l)->dirty)) {
             r = layout_recover(l);
-            if (r == 0)
+            if (r == 0) {
                 atomic_store(&layout_header(l)->dirty, 1);
+                atomic_store(&layout_header(l)->users, 0);
+            }
         }
         int again = lock_file(l->index, LOCK_SH); /* a failed try for the exclusive lock loses the shared one */
         if (alone || r < 0 || again < 0)
@@ -148,8 +150,10 @@ rbdn_store *rbdn_layout_open(const char *path, unsigned order, int create, int *
             r = -EINVAL;
         if (r == 0 && !(l = layout_new(dir, index, found)))
             r = -ENOMEM;
-        if (r == 0 && (r = index_map(l, found)) == 0 && (r = join(l)) == 0)
-            r = head_open(l, 0, false) < 0 ? -EIO : 0;
+        if (r == 0 && (r = index_map(l, found)) == 0)
+            r = head_open(l, 0, false) < 0 ? -EIO : join(l);
+        if (r == 0)
+            atomic_fetch_add(&layout_header(l)->users, 1);
         if (l)
             flock(dir, LOCK_UN);
     }
@@ -167,14 +171,16 @@ rbdn_store *rbdn_layout_open(const char *path, unsigned order, int create, int *
     return l ? &l->store : NULL;
 }
 
-/* The last one to leave makes everything durable and takes the dirty mark away; not after a failed sync, in this
- * process or another: then the next to open must look at every object. */
+/* The last one to leave makes everything durable and takes the dirty mark away. Not after a failed sync or when
+ * somebody was killed, in this process or another: then the next to open must look at every object. */
 void layout_close(struct store *s)
 {
     struct layout *l = (struct layout *)s;
     struct index_header *h = layout_header(l);
-    if (atomic_load(&h->dirty) == 1 && !atomic_load(&l->failed) && flock(l->index, LOCK_EX | LOCK_NB) == 0 &&
-        atomic_load(&h->dirty) == 1 && layout_sync_all(l) == 0) {
+    if (atomic_load(&l->untidy))
+        atomic_store(&h->dirty, 2);
+    if (atomic_fetch_sub(&h->users, 1) == 1 && atomic_load(&h->dirty) == 1 && !atomic_load(&l->failed) &&
+        flock(l->index, LOCK_EX | LOCK_NB) == 0 && atomic_load(&h->dirty) == 1 && layout_sync_all(l) == 0) {
         atomic_store(&h->dirty, 0);
         layout_fdatasync(l, l->index);
     }

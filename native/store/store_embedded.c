@@ -71,6 +71,8 @@ static int clear_stray(struct layout *l, uint64_t objno, struct entry *e)
     int r = head_punch(l, objno, 0, layout_object_size(l));
     if (r == 0)
         entry_set_word(l, e, word_make(0, ENTRY_ABSENT, word_map(word)));
+    else
+        atomic_store(&l->untidy, true);
     return r;
 }
 
