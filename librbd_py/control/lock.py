@@ -86,7 +86,7 @@ NEXT: dict[LockState, frozenset[LockState]] = {
     S.QUIESCING: frozenset({S.UNLOCKING, S.LOCKED}),
     S.UNLOCKING: frozenset({S.ANNOUNCING, S.UNLOCK_RETRY, S.UNLOCKING}),
     S.UNLOCK_RETRY: frozenset({S.UNLOCKING}),
-    S.ANNOUNCING: frozenset({S.WAITING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
+    S.ANNOUNCING: frozenset({S.LOOKING, S.WAITING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
     S.FENCED: frozenset({S.STOPPED}),
     S.STOPPED: frozenset(),
 }
@@ -135,6 +135,11 @@ class LockMachine:
     def owning(self) -> bool:
         return self.state in OWNING
 
+    @property
+    def outstanding(self) -> int:
+        """Number of the operation whose answer counts."""
+        return self._op
+
     def handle(self, event: Event) -> list[Action]:
         """Advances by one event and returns what is to be done about it, in order."""
         self._out = []
@@ -158,6 +163,9 @@ class LockMachine:
 
     def _settle(self) -> None:
         """Nothing is held and nothing outstanding: stop, look again, wait for a watch, or rest."""
+        if self.cookie is not None:
+            self._start_unlock_unused(self.cookie)  # an attempt may have succeeded without our hearing of it
+            return
         if self._release:
             self._release = False
             self._out.append(Released())
@@ -334,6 +342,7 @@ class LockMachine:
         assert self.handle_now is not None
         self._seen = done.value
         owner = self._seen.owner
+        self.cookie = None
         cookie = cookie_of(self.handle_now)
         if self._seen.foreign:
             self._refuse(errno.EBUSY)

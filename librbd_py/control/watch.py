@@ -139,6 +139,11 @@ class WatchMachine:
         self._lost_early: dict[int, int] = {}  # losses reported before the registration's own answer
         self._out: list[Action] = []
 
+    @property
+    def outstanding(self) -> int:
+        """Number of the operation whose answer counts."""
+        return self._op
+
     def handle(self, event: Event) -> list[Action]:
         """Advances by one event and returns what is to be done about it, in order."""
         self._out = []

@@ -1,0 +1,513 @@
+"""The driver of the watch and lock machines of one image header: the only part of `control` that does I/O.
+
+Events come from users, from the store's dispatch thread (notifies, lost watches) and from finished operations; the
+machines answer with operations, which run on the process's control pool. The dispatch thread never blocks here.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
+from typing import Literal, Protocol
+
+from librbd_py.control import lock as lk
+from librbd_py.control import lock_events as le
+from librbd_py.control import watch as wt
+from librbd_py.control import wire
+from librbd_py.control.lock_events import Locker
+from librbd_py.control.pool import Timer, control_pool
+from librbd_py.store.api import ObjectContext, Watch
+
+NOTIFY_MS = 5000  # how long a notify waits for a silent watcher
+Policy = Literal["automatic", "exclusive"]
+
+Job = Callable[[], "list[Job]"]  # blocks; returns what to run next
+
+log = logging.getLogger("librbd_py.control")
+
+
+class ControlCallbacks(Protocol):
+    """What the image does when its header's watch or lock moves. Runs on control threads, not on the dispatch thread.
+
+    None of these may call the blocking methods of the same HeaderControl.
+    """
+
+    def header_updated(self) -> None:
+        """Somebody changed the header (or a lost watch came back): refresh. Several updates may come as one call."""
+
+    def post_acquire(self) -> None:
+        """The class lock is ours: refresh, lock the object map, open the gate. OSError gives the lock back."""
+
+    def pre_release(self) -> None:
+        """The lock is about to go: close the gate, drain, flush. OSError keeps the lock; leave the gate as it was."""
+
+    def lost(self, failure: OSError) -> None:
+        """Fenced (ESHUTDOWN) or the image is gone (ENOENT): fail everything from now on. Called at most once."""
+
+    def peer_op(self, message: wire.PeerMessage) -> int | None:
+        """A proxied operation, progress or completion from a peer. The result to ack (0 or -errno); None: not ours."""
+
+
+class HeaderControl:
+    """Watch and exclusive lock on one header object.
+
+    Call `open()` first and `close()` last. All methods are thread-safe. `policy` "exclusive" refuses peers that ask for
+    the lock (EROFS); "automatic" hands it over.
+    """
+
+    def __init__(
+        self, ctx: ObjectContext, header_oid: str, callbacks: ControlCallbacks, policy: Policy = "automatic"
+    ) -> None:
+        client = ctx.store.client
+        self.ctx = ctx
+        self.header_oid = header_oid
+        self.header_seq = 0  # header updates heard of; compare before and after to know that a refresh is due
+        self._callbacks = callbacks
+        self._gid = client.gid
+        self._pool = control_pool()
+        self._mutex = threading.Lock()  # guards all below; never held during I/O or callbacks
+        self._watch = wt.WatchMachine()
+        self._lock = lk.LockMachine(client.gid, client.address, exclusive=policy == "exclusive")
+        self._watches: dict[int, Watch] = {}
+        self._acquiring: list[Future[None]] = []
+        self._releasing: list[Future[None]] = []
+        self._opening: Future[None] = Future()
+        self._stopped: Future[None] = Future()
+        self._closed: Future[None] = Future()
+        self._timers: dict[str, tuple[int, Timer]] = {}
+        self._announcements: deque[tuple[bytes, int]] = deque()  # payload, op to report (0: none)
+        self._announcing = False
+        self._refresh_queued = False
+
+    # --- for users -------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Registers the watch. ENOENT when the header does not exist; afterwards it can be opened again."""
+        with self._mutex:
+            self._opening = Future()
+        self._run(self._feed_watch(wt.Open()))
+        self._opening.result()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Releases the lock, ends the watch. Idempotent. ETIMEDOUT when the image does not drain: call it again.
+
+        Another error is one of draining; everything is closed then.
+        """
+        with self._mutex:
+            if self._closed.done():
+                return
+            if self._stopped.done():
+                self._stopped = Future()
+            stopped = self._stopped
+        if timeout is None:
+            self._run(self._feed_lock(le.Shutdown())[1])
+        else:
+            self._lock_event(le.Shutdown())
+        failure: OSError | None = None
+        try:
+            _wait(stopped, timeout, f"{self.header_oid}: the lock is not released")
+        except OSError as problem:
+            if problem.errno == errno.ETIMEDOUT:
+                raise
+            failure = problem
+        self._run(self._feed_watch(wt.Close()))
+        _wait(self._closed, timeout, f"{self.header_oid}: the watch is not closed")
+        if failure is not None:
+            raise failure
+
+    def acquire(self, timeout: float | None = None) -> None:
+        """Blocks until this client owns the lock. `timeout` in seconds, None waits for ever.
+
+        EROFS: the owner keeps it; EBUSY: locked by hand; ESHUTDOWN: fenced or closed; ENOENT: image gone; ECANCELED:
+        released meanwhile; ETIMEDOUT; EINVAL: held by a dead handle of this very client.
+        """
+        future = self.request_acquire()
+        try:
+            future.result(timeout)
+        except FutureTimeout:
+            self._lock_event(le.Abandon(), partial(self._give_up, future))
+            if future.done():
+                future.result()  # it ended in this very moment
+                return
+            raise OSError(errno.ETIMEDOUT, f"{self.header_oid}: the owner does not give up the lock") from None
+
+    def request_acquire(self) -> Future[None]:
+        """Starts acquiring and returns at once. The future ends as `acquire()` does."""
+        future: Future[None] = Future()
+        self._lock_event(le.Acquire(), partial(_append, self._waiting_to_acquire, future))
+        return future
+
+    def _waiting_to_acquire(self) -> list[Future[None]]:
+        return self._acquiring
+
+    def _give_up(self, future: Future[None]) -> bool:
+        """Under the mutex: True when nobody else waits for the lock."""
+        if future not in self._acquiring:
+            return False
+        self._acquiring.remove(future)
+        return not self._acquiring
+
+    def release(self) -> None:
+        """Gives the lock up; waiters of `acquire` end with ECANCELED. Raises what `pre_release` raised: still owner."""
+        future: Future[None] = Future()
+        self._run(self._feed_lock(le.Release(), partial(_append, self._waiting_to_release, future))[1])
+        future.result()
+
+    def _waiting_to_release(self) -> list[Future[None]]:
+        return self._releasing
+
+    @property
+    def is_owner(self) -> bool:
+        """True while the image may change its header and write data."""
+        return self._lock.owning
+
+    @property
+    def state(self) -> str:
+        """Watch and lock state, for people."""
+        return f"{self._watch.state.name.lower()}, {self._lock.state.name.lower()}"
+
+    @property
+    def watch_handle(self) -> int | None:
+        """The watch's handle, None while it is lost."""
+        return self._watch.watch
+
+    @property
+    def lock_cookie(self) -> str | None:
+        """The cookie in the lock while it is ours."""
+        return self._lock.cookie
+
+    @property
+    def policy(self) -> Policy:
+        return "exclusive" if self._lock.exclusive else "automatic"
+
+    def set_policy(self, policy: Policy) -> None:
+        """For requests that come from now on."""
+        self._lock.exclusive = policy == "exclusive"
+
+    def owner(self) -> Locker | None:
+        """Who holds the lock, as the store says now."""
+        return wire.get_lock(self.ctx, self.header_oid).owner
+
+    def notify_header_update(self) -> None:
+        """Tells every watcher that the header changed; returns when those that live have acked."""
+        self.ctx.notify(self.header_oid, wire.header_update(), NOTIFY_MS)
+
+    def fenced(self, code: int = errno.ESHUTDOWN) -> None:
+        """The data path was told that this client is fenced."""
+        self._lock_event(le.Fenced(code))
+
+    # --- the dispatch thread ---------------------------------------------------------------------------------------
+
+    def _notified(self, notify_id: int, notifier: int, cookie: int, payload: bytes) -> bytes | None:
+        try:
+            message = wire.decode(payload)
+        except (ValueError, OSError):
+            log.warning("%s: a notify of client %d cannot be read", self.header_oid, notifier)
+            return b""
+        match message:
+            case wire.HeaderUpdate():
+                self._header_changed()
+                return wire.response(0)
+            case wire.AcquiredLock(gid, handle):
+                self._lock_event(le.PeerAcquired(gid, handle))
+                return b""
+            case wire.ReleasedLock():
+                self._lock_event(le.PeerReleased())
+                return b""
+            case wire.RequestLock():
+                result = self._lock_event(le.PeerRequested())
+                return b"" if result is None else wire.response(-result)
+        if wire.asks_owner(message) and not self._lock.owning:
+            return b""
+        self._submit(partial(self._peer_op, message, notify_id, cookie))
+        return None
+
+    def _watch_error(self, handle: int, failure: OSError) -> None:
+        self._watch_event(wt.Lost(handle, failure.errno or errno.ENOTCONN))
+
+    def _header_changed(self) -> None:
+        with self._mutex:
+            self.header_seq += 1
+            if self._refresh_queued:
+                return
+            self._refresh_queued = True
+        self._submit(self._refresh)
+
+    # --- control threads ---------------------------------------------------------------------------------------------
+
+    def _refresh(self) -> list[Job]:
+        with self._mutex:
+            self._refresh_queued = False
+            gone = self._closed.done()
+        if not gone:
+            self._callbacks.header_updated()
+        return []
+
+    def _peer_op(self, message: wire.PeerMessage, notify_id: int, cookie: int) -> list[Job]:
+        """Progress and completion are acked empty; requests non-empty, and by the owner alone."""
+        try:
+            result = self._callbacks.peer_op(message)
+        except OSError as failure:
+            result = -(failure.errno or errno.EIO)
+        payload = wire.response(-errno.EOPNOTSUPP if result is None else result) if wire.wants_result(message) else b""
+        try:
+            self.ctx.notify_ack(self.header_oid, notify_id, cookie, payload)
+        except OSError as failure:
+            log.info("%s: an ack could not be sent: %s", self.header_oid, failure)
+        return []
+
+    def _lock_event(self, event: le.Event, prepare: Callable[[], bool] | None = None) -> int | None:
+        """Feeds the lock machine; operations run on the pool. Returns the ack a Reply asks for."""
+        reply, work = self._feed_lock(event, prepare)
+        for job in work:
+            self._submit(job)
+        return reply
+
+    def _feed_lock(self, event: le.Event, prepare: Callable[[], bool] | None = None) -> tuple[int | None, list[Job]]:
+        """`prepare` runs under the mutex; when it answers False the event is dropped."""
+        work: list[Job] = []
+        calls: list[Callable[[], None]] = []
+        with self._mutex:
+            if prepare is not None and not prepare():
+                return None, []
+            reply = self._lock_actions(event, work, calls)
+        for call in calls:
+            call()
+        return reply, work
+
+    def _lock_actions(self, event: le.Event, work: list[Job], calls: list[Callable[[], None]]) -> int | None:
+        """Under the mutex: sorts what the machine wants into jobs (they block) and calls (they end futures)."""
+        reply: int | None = None
+        for action in self._lock.handle(event):
+            match action:
+                case le.Reply(result):
+                    reply = result
+                case le.Acquired():
+                    calls += [_ender(future) for future in self._acquiring]
+                    self._acquiring = []
+                case le.Refused(code):
+                    calls += [_ender(future, self._failure(code)) for future in self._acquiring]
+                    self._acquiring = []
+                case le.Released(code):
+                    calls += [_ender(future, self._failure(code)) for future in self._releasing]
+                    self._releasing = []
+                case le.Stopped(code):
+                    calls.append(_ender(self._stopped, self._failure(code)))
+                case le.Lost(code):
+                    self._submit(partial(self._tell_lost, code))
+                case le.AnnounceAcquired(handle):
+                    self._announcements.append((wire.acquired_lock(self._gid, handle), 0))
+                    self._submit(self._announce)
+                case le.AnnounceReleased(op, handle):
+                    self._announcements.append((wire.released_lock(self._gid, handle), op))
+                    work.append(self._announce)
+                case le.Sleep(op, seconds):
+                    self._sleep("lock", op, seconds, partial(self._lock_event, le.Done(op)))
+                case _:
+                    work.append(partial(self._lock_operation, action))
+        self._forget_timer("lock", self._lock.outstanding)
+        return reply
+
+    def _submit(self, job: Job) -> None:
+        self._pool.submit(partial(self._run, [job]))
+
+    def _run(self, work: list[Job]) -> None:
+        """Runs jobs and what follows from them in this thread; a second one at a time goes to another."""
+        while work:
+            job, *others = work
+            for other in others:
+                self._submit(other)
+            work = job()
+
+    def _sleep(self, name: str, op: int, seconds: float, job: Callable[[], object]) -> None:
+        def wake() -> None:
+            job()
+
+        self._timers[name] = (op, self._pool.call_later(seconds, wake))
+
+    def _forget_timer(self, name: str, outstanding: int) -> None:
+        entry = self._timers.get(name)
+        if entry is not None and entry[0] != outstanding:
+            entry[1].cancel()
+            del self._timers[name]
+
+    def _failure(self, code: int) -> OSError | None:
+        if code == 0:
+            return None
+        return OSError(code, f"{self.header_oid}: {_REASONS.get(code) or os.strerror(code)}")
+
+    def _tell_lost(self, code: int) -> list[Job]:
+        failure = self._failure(code)
+        assert failure is not None
+        self._callbacks.lost(failure)
+        return []
+
+    def _lock_operation(self, operation: le.Operation) -> list[Job]:
+        """Runs one operation; returns those that follow from it."""
+        try:
+            done = le.Done(operation.op, 0, self._execute(operation))
+        except OSError as failure:
+            done = le.Done(operation.op, failure.errno or errno.EIO)
+        except Exception:
+            log.exception("%s: %s failed", self.header_oid, type(operation).__name__)
+            done = le.Done(operation.op, errno.EIO)
+        return self._feed_lock(done)[1]
+
+    def _execute(self, operation: le.Operation) -> object:
+        ctx, oid = self.ctx, self.header_oid
+        match operation:
+            case le.Look():
+                return wire.get_lock(ctx, oid)
+            case le.TryLock(_, cookie):
+                wire.lock(ctx, oid, cookie)
+            case le.CheckOwner(_, owner):
+                return wire.is_watching(ctx, oid, owner)
+            case le.Blocklist(_, address):
+                log.warning("%s: fencing the dead lock owner %s", oid, address)
+                ctx.store.blocklist_add(address)
+            case le.Break(_, owner):
+                wire.break_lock(ctx, oid, owner)
+            case le.Ask():
+                return self._ask()
+            case le.RunPostAcquire():
+                self._callbacks.post_acquire()
+            case le.RunPreRelease():
+                self._callbacks.pre_release()
+            case le.Unlock(_, cookie):
+                wire.unlock(ctx, oid, cookie)
+            case le.SetCookie(_, old, new):
+                wire.set_cookie(ctx, oid, old, new)
+            case _:
+                raise AssertionError(operation)
+        return None
+
+    def _ask(self) -> le.Answer:
+        handle = self._watch.watch
+        if handle is None:
+            return le.Answer(None)
+        reply = self.ctx.notify(self.header_oid, wire.request_lock(self._gid, handle), NOTIFY_MS)
+        for ack in reply.acks.values():
+            result = wire.result_of(ack)
+            if result is not None:
+                return le.Answer(abs(result))
+        return le.Answer(None)
+
+    def _announce(self) -> list[Job]:
+        """Sends what is queued, in order, unless another thread is at it."""
+        with self._mutex:
+            if self._announcing:
+                return []
+            self._announcing = True
+        work: list[Job] = []
+        while True:
+            with self._mutex:
+                if not self._announcements:
+                    self._announcing = False
+                    return work
+                payload, op = self._announcements.popleft()
+            code = 0
+            try:
+                self.ctx.notify(self.header_oid, payload, NOTIFY_MS)
+            except OSError as failure:
+                code = failure.errno or errno.EIO
+            if op:
+                work += self._feed_lock(le.Done(op, code))[1]
+
+    def _feed_watch(self, event: wt.Event) -> list[Job]:
+        """Feeds the watch machine, and the lock machine with what that means for it."""
+        work: list[Job] = []
+        calls: list[Callable[[], None]] = []
+        with self._mutex:
+            for action in self._watch.handle(event):
+                match action:
+                    case wt.Opened(code):
+                        calls.append(_ender(self._opening, self._failure(code)))
+                    case wt.Up(handle, again):
+                        self._lock_actions(le.WatchUp(handle), work, calls)
+                        if again:
+                            calls.append(self._header_changed)
+                    case wt.Down():
+                        self._lock_actions(le.WatchDown(), work, calls)
+                    case wt.Failed(code):
+                        self._lock_actions(le.Fenced(code), work, calls)
+                    case wt.Closed():
+                        calls.append(_ender(self._closed))
+                    case wt.Sleep(op, seconds):
+                        self._sleep("watch", op, seconds, partial(self._watch_event, wt.Done(op)))
+                    case _:
+                        work.append(partial(self._watch_operation, action))
+            self._forget_timer("watch", self._watch.outstanding)
+        for call in calls:
+            call()
+        return work
+
+    def _watch_event(self, event: wt.Event) -> None:
+        for job in self._feed_watch(event):
+            self._submit(job)
+
+    def _watch_operation(self, operation: wt.Operation) -> list[Job]:
+        done: wt.Done
+        match operation:
+            case wt.Register(op):
+                try:
+                    watch = self.ctx.watch(self.header_oid, self._notified, self._watch_error)
+                    with self._mutex:
+                        self._watches[watch.cookie] = watch
+                    done = wt.Done(op, 0, watch.cookie)
+                except OSError as failure:
+                    done = wt.Done(op, failure.errno or errno.EIO)
+            case wt.Unregister(op, handle):
+                with self._mutex:
+                    old = self._watches.pop(handle, None)
+                code = 0
+                try:
+                    if old is not None:
+                        old.close()
+                except OSError as failure:
+                    code = failure.errno or errno.EIO
+                done = wt.Done(op, code)
+            case _:
+                raise AssertionError(operation)
+        return self._feed_watch(done)
+
+
+_REASONS = {
+    errno.EROFS: "the lock owner refuses to give it up",
+    errno.EBUSY: "locked by hand or by something else than an RBD client",
+    errno.ESHUTDOWN: "this client is fenced or the image is being closed",
+    errno.ENOENT: "the image is gone",
+    errno.ECANCELED: "released before it was acquired",
+    errno.EINVAL: "locked by a handle of this process that is no longer there",
+}
+
+
+def _append(futures: Callable[[], list[Future[None]]], future: Future[None]) -> bool:
+    futures().append(future)
+    return True
+
+
+def _ender(future: Future[None], failure: OSError | None = None) -> Callable[[], None]:
+    def end() -> None:
+        try:
+            if failure is None:
+                future.set_result(None)
+            else:
+                future.set_exception(OSError(failure.errno, failure.strerror))
+        except InvalidStateError:
+            pass  # the waiter cancelled it
+
+    return end
+
+
+def _wait(future: Future[None], timeout: float | None, what: str) -> None:
+    try:
+        future.result(timeout)
+    except FutureTimeout:
+        raise OSError(errno.ETIMEDOUT, what) from None
