@@ -162,6 +162,7 @@ class Service:
             if checked["writable"] and node.read_only:
                 raise QMPError(f"Block node is read-only: '{node.name}'")
             export = await asyncio.to_thread(self._start, checked, node)
+            export.follow(asyncio.get_running_loop())
             self.exports[export.id] = export
             self._remember("block-export-add", arguments)
 
@@ -210,14 +211,6 @@ class Service:
         del self.exports[export.id]
         self._forget(lambda c: c["execute"] == "block-export-add" and c["arguments"]["id"] == export.id)
         self.emit("BLOCK_EXPORT_DELETED", {"id": export.id})
-
-    def export_event(self, number: int, what: str, value: int) -> None:
-        """From the event dispatcher, on the loop's thread."""
-        for export in self.exports.values():
-            if export.number == number:
-                export.happened(what)
-                if what == "broken":
-                    log.warning("export %s: a client broke the protocol (queue %d)", export.id, value)
 
     # --- queries
 

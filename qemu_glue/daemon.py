@@ -24,7 +24,6 @@ from typing import Any
 
 from qemu_glue import sockets
 from qemu_glue.commands import Service
-from qemu_glue.events import ExportEvents
 from qemu_glue.qmp_server import QMPServer
 from qemu_glue.qmp_wire import QMPError
 
@@ -121,7 +120,6 @@ async def serve(options: argparse.Namespace) -> int:
             server.emit(name, data)
 
     service = Service(options.store, emit, options.state)
-    events = ExportEvents(loop, service.export_event)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.quit.set)
     listener: socket.socket | None = None
@@ -155,7 +153,6 @@ async def serve(options: argparse.Namespace) -> int:
             await server.close()
         if listener:
             sockets.remove(options.qmp)
-        events.close()
         if options.pidfile:
             options.pidfile.unlink(missing_ok=True)
 

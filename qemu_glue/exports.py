@@ -13,12 +13,6 @@ from typing import Any
 from librbd_py.native import check, ffi, lib
 from qemu_glue import sockets
 
-EVENTS = {
-    3: "connected",
-    4: "disconnected",
-    5: "broken",
-    6: "stopped",
-}  # enum event_type of native/engine/event.h, those whose source is an export
 MAX_CONNECTIONS = 256
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
+from qemu_glue import events
 from qemu_glue.exports import Export
 from qemu_glue.nodes import Node
+
+log = logging.getLogger(__name__)
 
 DROP_DEADLINE = 30.0  # seconds a dropped client's requests in flight may take
 
@@ -21,16 +25,22 @@ class ServedExport:
         self._stopped = asyncio.Event()
         self._ending = False
 
-    def happened(self, what: str) -> None:
-        """An event of the native export."""
+    def follow(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Takes the native export's events from now on; must come before its first stop()."""
+        events.follow(self.number, loop, self._happened)
+
+    def _happened(self, what: str, value: int) -> None:
         if what == "stopped":
             self._stopped.set()
+        elif what == "broken":
+            log.warning("export %s: a client broke the protocol (queue %d)", self.id, value)
 
     async def end(self, hard: bool) -> None:
         """Stops and frees the export. ETIMEDOUT (builtin TimeoutError) when requests in flight do not end."""
         self._ending = True
         self.native.stop(hard)
         await asyncio.wait_for(self._stopped.wait(), DROP_DEADLINE)
+        events.forget(self.number)
         self.native.free()
 
     def describe(self) -> dict[str, Any]:

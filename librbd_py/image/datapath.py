@@ -1,0 +1,278 @@
+"""The C engine as a data path: views go in, requests go in, completions and events come out.
+
+A call that waits gives up the GIL; an asynchronous one is completed by a single reaper thread for the whole process. Source:
+native/ffi/api_engine.h. Failures are OSError with the engine's errno.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import select
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from librbd_py.native import check, ffi, lib
+
+from .events import EVENTS, LOCK_NEEDED
+from .view import ViewSpec
+
+READ, WRITE, DISCARD, WRITE_ZEROES, WRITESAME, COMPARE_AND_WRITE, FLUSH = range(7)  # enum req_type
+FUA, UNMAP, EXACT = 1, 2, 4  # enum req_flags
+RUN_HOLE, RUN_ZERO = 1, 2  # enum run_flags
+BUCKETS = 40  # of a latency histogram
+
+Callback = Callable[[int, int], None]  # (result: 0 or -errno, mismatch offset), on the reaper thread
+
+
+@dataclass(frozen=True)
+class OpStats:
+    """One kind of request since the image was opened. `histogram[b]`: latencies in [2^b, 2^(b+1)) nanoseconds."""
+
+    operations: int
+    bytes: int
+    failed: int
+    total_ns: int
+    histogram: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stats:
+    read: OpStats
+    write: OpStats
+    discard: OpStats
+    write_zeroes: OpStats
+    writesame: OpStats
+    compare_and_write: OpStats
+    flush: OpStats
+    idle_ns: int
+    in_flight: int
+    parked: int
+
+
+class View:
+    """A `rbdn_view` and what it borrows: the stores' handles stay open while the ViewSpec is referenced."""
+
+    def __init__(self, spec: ViewSpec) -> None:
+        self.spec = spec
+        self._parent = View(spec.parent) if spec.parent is not None and spec.overlap else None
+        assert spec.data.native is not None
+        config = ffi.new("rbdn_view_config *")
+        snaps = ffi.new("uint64_t[]", list(spec.snapc.ids) or 1)
+        config.size = spec.size
+        config.order = spec.layout.order
+        config.stripe_unit = spec.layout.stripe_unit
+        config.stripe_count = spec.layout.stripe_count
+        config.store = spec.data.native.handle
+        config.snap_id = spec.snap_id
+        config.snap_seq = spec.snapc.seq
+        config.snaps = snaps
+        config.snap_count = len(spec.snapc.ids)
+        config.read_only = spec.read_only
+        config.need_lock = spec.need_lock
+        config.parent = self._parent.pointer if self._parent is not None else ffi.NULL
+        config.overlap = spec.overlap if self._parent is not None else 0
+        config.discard_granularity = spec.discard_granularity
+        error = ffi.new("int *")
+        self.pointer = lib.rbdn_view_new(config, error)
+        if not self.pointer:
+            self.release()
+            check(error[0], "view of the image")
+
+    def release(self) -> None:
+        """Gives back this reference; the engine keeps its own."""
+        if self.pointer:
+            lib.rbdn_view_put(self.pointer)
+            self.pointer = ffi.NULL
+        if self._parent is not None:
+            self._parent.release()
+            self._parent = None
+
+
+class Reaper:
+    """Completions of asynchronous requests, on one thread a process, started with the first request."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tokens = itertools.count(1)
+        self._waiting: dict[int, tuple[Callback, Any]] = {}
+        self._thread: threading.Thread | None = None
+
+    def expect(self, callback: Callback, keep: Any) -> int:
+        """A token for a request whose buffers `keep` holds alive."""
+        with self._lock:
+            token = next(self._tokens)
+            self._waiting[token] = (callback, keep)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="rbd-aio", daemon=True)
+                self._thread.start()
+            return token
+
+    def forget(self, token: int) -> None:
+        """The request was not started."""
+        with self._lock:
+            del self._waiting[token]
+
+    def _run(self) -> None:
+        fd = check(lib.rbdn_aio_fd(), "completions")
+        found = ffi.new("rbdn_completion[64]")
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while True:
+            poll.poll()
+            try:
+                os.read(fd, 8)
+            except BlockingIOError:
+                continue
+            while count := lib.rbdn_aio_reap(found, 64):
+                for at in range(count):
+                    self._complete(found[at].token, found[at].result, found[at].mismatch)
+
+    def _complete(self, token: int, result: int, mismatch: int) -> None:
+        with self._lock:
+            callback, _keep = self._waiting.pop(token)
+        try:
+            callback(result, mismatch)
+        except Exception as failure:  # a callback's defect must not end the completions of everybody else
+            threading.excepthook(threading.ExceptHookArgs((type(failure), failure, failure.__traceback__, None)))
+
+
+REAPER = Reaper()
+_IDS = itertools.count(1)
+
+
+class NativeImage:
+    """One image in the engine. `lock_needed` runs on the event thread when a write waits for the exclusive lock; it must
+    not block. States: open -> closed; after close() every call raises EBADF."""
+
+    def __init__(self, spec: ViewSpec, lock_needed: Callable[[], None]) -> None:
+        self.id = next(_IDS)
+        self._spec = spec
+        EVENTS.on_image(self.id, lambda kind, value: lock_needed() if kind == LOCK_NEEDED else None)
+        error = ffi.new("int *")
+        view = View(spec)
+        try:
+            self._image = lib.rbdn_image_new(self.id, view.pointer, error)
+        finally:
+            view.release()
+        if not self._image:
+            EVENTS.forget_image(self.id)
+            check(error[0], "image in the data plane")
+
+    @property
+    def pointer(self) -> Any:
+        """The `rbdn_image *` that exports serve. EBADF after close()."""
+        if not self._image:
+            raise OSError(errno.EBADF, "the image is closed")
+        return self._image
+
+    # --- view and gate
+
+    def publish(self, spec: ViewSpec) -> None:
+        view = View(spec)
+        try:
+            check(lib.rbdn_image_publish(self.pointer, view.pointer), "publish a view")
+            self._spec = spec
+        finally:
+            view.release()
+
+    def block(self, which: int, timeout: float) -> None:
+        """Parks new requests (1 writes, 3 everything) and waits for those admitted; ETIMEDOUT leaves it open again."""
+        result = lib.rbdn_image_block(self.pointer, which, int(timeout * 1000))
+        if result < 0:
+            if result == -errno.ETIMEDOUT:
+                lib.rbdn_image_unblock(self._image, which)
+            check(result, "requests in flight do not end")
+
+    def unblock(self, which: int) -> None:
+        check(lib.rbdn_image_unblock(self.pointer, which), "unblock the image")
+
+    def fence(self, code: int) -> None:
+        check(lib.rbdn_image_fence(self.pointer, -code), "fence the image")
+
+    def throttle(self, iops: int, bytes_per_second: int) -> None:
+        """0 = unlimited."""
+        check(lib.rbdn_image_throttle(self.pointer, iops, bytes_per_second), "throttle the image")
+
+    def close(self) -> None:
+        """EBUSY while an export serves the image. Idempotent."""
+        if self._image:
+            check(lib.rbdn_image_close(self._image), "close the image")
+            self._image = ffi.NULL
+            EVENTS.forget_image(self.id)
+
+    # --- requests that wait
+
+    def _io(self, kind: int, offset: int, length: int, buffer: Any = None, flags: int = 0, what: str = "") -> int:
+        size = len(buffer) if buffer is not None else 0
+        pointer = ffi.from_buffer(buffer) if size else ffi.NULL
+        mismatch = ffi.new("uint64_t *")
+        result = int(lib.rbdn_io(self.pointer, kind, offset, length, pointer, size, flags, mismatch))
+        if result == -errno.EILSEQ and kind == COMPARE_AND_WRITE:
+            return int(mismatch[0])
+        check(result, what)
+        return -1
+
+    def read(self, offset: int, length: int) -> bytes:
+        buffer = bytearray(length)
+        self._io(READ, offset, length, buffer, what="read")
+        return bytes(buffer)
+
+    def write(self, offset: int, data: bytes, *, fua: bool = False) -> None:
+        self._io(WRITE, offset, len(data), data, FUA if fua else 0, "write")
+
+    def discard(self, offset: int, length: int, *, exact: bool = False) -> None:
+        self._io(DISCARD, offset, length, flags=EXACT if exact else 0, what="discard")
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        self._io(WRITE_ZEROES, offset, length, flags=UNMAP if unmap else 0, what="write zeroes")
+
+    def writesame(self, offset: int, length: int, pattern: bytes) -> None:
+        self._io(WRITESAME, offset, length, pattern, what="write same")
+
+    def compare_and_write(self, offset: int, compare: bytes, data: bytes) -> int | None:
+        """None when written, else the image offset of the first difference."""
+        found = self._io(COMPARE_AND_WRITE, offset, len(data), compare + data, what="compare and write")
+        return None if found < 0 else offset + found
+
+    def flush(self) -> None:
+        self._io(FLUSH, 0, 0, what="flush")
+
+    def copyup(self, objno: int) -> bool:
+        """Copies one object of the parent into the image unless it exists there; True when something was copied."""
+        return check(lib.rbdn_image_copyup(self.pointer, objno), "copy from the parent") == 0
+
+    # --- requests that complete later
+
+    def aio(self, kind: int, offset: int, length: int, buffer: Any, callback: Callback, flags: int = 0) -> None:
+        """Starts a request; `callback(result, mismatch)` runs once, on the reaper thread. `buffer` (bytes, or a bytearray to
+        read into) is kept until then. OSError: not started, no callback."""
+        size = len(buffer) if buffer is not None else 0
+        pointer = ffi.from_buffer(buffer) if size else ffi.NULL
+        token = REAPER.expect(callback, (buffer, pointer))
+        result = lib.rbdn_aio(self.pointer, kind, offset, length, pointer, size, flags, token)
+        if result < 0:
+            REAPER.forget(token)
+            check(result, "start a request")
+
+    # --- facts
+
+    def runs(self, offset: int, length: int, most: int = 1024) -> list[tuple[int, int]]:
+        """(length, RUN_HOLE | RUN_ZERO) in order from `offset`; fewer than the range when there are more than `most`."""
+        found = ffi.new("rbdn_run[]", most)
+        count = check(lib.rbdn_image_runs(self.pointer, offset, length, found, most), "allocation of the image")
+        return [(found[at].len, found[at].flags) for at in range(count)]
+
+    def stats(self) -> Stats:
+        raw = ffi.new("rbdn_stats *")
+        check(lib.rbdn_image_stats(self.pointer, raw), "statistics")
+
+        def one(kind: int) -> OpStats:
+            histogram = tuple(raw.histogram[kind][bucket] for bucket in range(BUCKETS))
+            return OpStats(raw.ops[kind], raw.bytes[kind], raw.failed[kind], raw.total_ns[kind], histogram)
+
+        kinds = [one(kind) for kind in range(FLUSH + 1)]
+        return Stats(*kinds, idle_ns=raw.idle_ns, in_flight=raw.in_flight, parked=raw.parked)

@@ -1,0 +1,84 @@
+"""Events of the C data plane, delivered on one thread a process. Source: native/engine/event.h.
+
+Handlers must not block: whoever has work to do hands it on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+from collections.abc import Callable
+
+from librbd_py.native import check, ffi, lib
+
+LOCK_NEEDED = 1
+IO_ERROR = 2
+EXPORT_CONNECTED = 3
+EXPORT_DISCONNECTED = 4
+EXPORT_BROKEN = 5
+EXPORT_STOPPED = 6
+
+Handler = Callable[[int, int], None]  # (event type, value)
+
+log = logging.getLogger("librbd_py.events")
+
+
+class Dispatcher:
+    """Handlers by source: images (LOCK_NEEDED, IO_ERROR) and exports (the rest) number their sources apart."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._images: dict[int, Handler] = {}
+        self._exports: dict[int, Handler] = {}
+        self._thread: threading.Thread | None = None
+
+    def on_image(self, image_id: int, handler: Handler) -> None:
+        with self._lock:
+            self._images[image_id] = handler
+            self._start()
+
+    def on_export(self, export_id: int, handler: Handler) -> None:
+        with self._lock:
+            self._exports[export_id] = handler
+            self._start()
+
+    def forget_image(self, image_id: int) -> None:
+        with self._lock:
+            self._images.pop(image_id, None)
+
+    def forget_export(self, export_id: int) -> None:
+        with self._lock:
+            self._exports.pop(export_id, None)
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="rbd-events", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        fd = check(lib.rbdn_event_fd(), "events of the data plane")
+        event = ffi.new("rbdn_event *")
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while True:
+            poll.poll()
+            try:
+                os.read(fd, 8)
+            except BlockingIOError:
+                continue
+            while lib.rbdn_event_next(event) == 1:
+                self._deliver(event.type, event.source, event.value)
+
+    def _deliver(self, kind: int, source: int, value: int) -> None:
+        with self._lock:
+            handler = (self._images if kind in (LOCK_NEEDED, IO_ERROR) else self._exports).get(source)
+        if handler is not None:
+            try:
+                handler(kind, value)
+            except Exception:
+                log.exception("handler of event %d from %d", kind, source)
+
+
+EVENTS = Dispatcher()  # the data plane has one ring a process
