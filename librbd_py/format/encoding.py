@@ -77,6 +77,12 @@ class Decoder:
         self._pos = start + length
         return self._data[start : self._pos]
 
+    def peek_u8(self, ahead: int) -> int:
+        """The byte `ahead` of the cursor, which stays where it is."""
+        if ahead >= self._end - self._pos:
+            raise DecodeError(f"a byte wanted at offset {self._pos + ahead}, {self._end - self._pos} left")
+        return self._data[self._pos + ahead]
+
     def rest(self) -> bytes:
         return self.raw(self.remaining)
 

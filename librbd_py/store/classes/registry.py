@@ -21,7 +21,18 @@ class Method:
 
 
 _methods: dict[tuple[str, str], Method] = {}
-_FILES = ("cls_lock",)
+_FILES = (
+    "cls_lock",
+    "rbd_header",
+    "rbd_snapshots",
+    "rbd_parents",
+    "rbd_metadata",
+    "rbd_directory",
+    "rbd_trash",
+    "rbd_groups",
+    "rbd_object_map",
+    "rbd_data",
+)
 
 
 def method(cls: str, name: str, *, writes: bool) -> Callable[[Body], Body]:
