@@ -1,0 +1,141 @@
+"""Clones: making them, finding them."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from librbd_py.store.api import ObjectContext
+
+from . import cls
+from . import features as ft
+from .cls import ChildSpec, call, text, u64
+from .directory import DEFAULTS, CreateOptions, create, remove_image, require_free, require_name
+from .handle import ImageHandle, announce, name_by_id
+from .header import PROTECTED, Header, ParentSpec, header_oid
+from .objects import ignoring
+from .snapshots import v1_children
+
+
+@dataclass(frozen=True)
+class Child:
+    """A clone, for people. `name` may be one it has in the trash."""
+
+    pool: str
+    namespace: str
+    name: str
+    id: str
+    trash: bool
+
+
+def clone(
+    parent_ctx: ObjectContext,
+    parent_name: str,
+    snap_name: str,
+    ctx: ObjectContext,
+    name: str,
+    options: CreateOptions = DEFAULTS,
+    *,
+    clone_format: int = 2,
+    parent_id: str | None = None,
+) -> str:
+    """A copy-on-write child of a snapshot; returns its id. Format 1 needs a protected snapshot (EINVAL).
+
+    ENOENT, EEXIST; ENOSYS: features without layering; what `directory.create` raises.
+    """
+    require_name(name)
+    by_name = None if parent_id else parent_name
+    with ImageHandle.open(parent_ctx, by_name, image_id=parent_id, snapshot=snap_name, read_only=True) as parent:
+        header = parent.header
+        if not header.has(ft.LAYERING):
+            raise OSError(errno.EINVAL, f"image {parent_name} has no layering")
+        if clone_format == 1 and header.snaps[parent.snap_id].protection != PROTECTED:
+            raise OSError(errno.EINVAL, f"snapshot {snap_name!r} is not protected")
+        require_free(ctx, name)
+        if clone_format == 1 and (parent_ctx.namespace or ctx.namespace):
+            raise OSError(errno.EXDEV, "clones in namespaces need format 2")
+        image_id = create(ctx, name, header.size_at(parent.snap_id), inherited(header, options))
+        try:
+            attach(parent, ctx, image_id, clone_format)
+        except OSError:
+            remove_image(ctx, name)
+            raise
+    return image_id
+
+
+def inherited(header: Header, options: CreateOptions) -> CreateOptions:
+    """What the child takes from its parent where nothing was asked for. ENOSYS: features without layering."""
+    if options.features is not None and not options.features & ft.LAYERING:
+        raise OSError(errno.ENOSYS, "a clone needs layering")
+    order = options.order or header.order
+    unit, count = options.stripe_unit, options.stripe_count
+    if not unit and not count:
+        unit, count = header.layout.stripe_unit, header.layout.stripe_count
+    if options.features is None:
+        features = (header.features & ~ft.INTERNAL) | ft.LAYERING
+        # What the parent may have lost or never had, a new image has by default.
+        return replace(options, order=order, stripe_unit=unit, stripe_count=count, features=features | ft.DEFAULT)
+    return replace(options, order=order, stripe_unit=unit, stripe_count=count)
+
+
+def attach(parent: ImageHandle, ctx: ObjectContext, image_id: str, clone_format: int) -> None:
+    """Ties a new, empty image to the snapshot `parent` is open at."""
+    header = parent.header
+    spec = ParentSpec(parent.ctx.pool_id, parent.ctx.namespace, parent.id, parent.snap_id)
+    size = header.size_at(parent.snap_id)
+    oid = header_oid(image_id)
+    if size:
+        ctx.write(oid, [call("parent_attach", cls.encode_parent(spec), u64(size))])
+    metadata = cls.metadata(parent.ctx, parent.oid)
+    if metadata:
+        ctx.exec(oid, "rbd", "metadata_set", cls.encode_metadata(metadata))
+    if not size:
+        return
+    if clone_format == 1:
+        key = cls.s64(spec.pool_id) + text(spec.image_id) + u64(spec.snap_id)
+        ctx.exec(cls.CHILDREN, "rbd", "add_child", key + text(image_id))
+        if cls.protection(parent.ctx, parent.oid, spec.snap_id) != PROTECTED:
+            raise OSError(errno.EINVAL, "the snapshot is no longer protected")
+        return
+    ctx.exec(oid, "rbd", "op_features_set", u64(ft.OP_CLONE_CHILD) + u64(ft.OP_CLONE_CHILD))
+    child = ChildSpec(ctx.pool_id, ctx.namespace, image_id)
+    parent.ctx.exec(parent.oid, "rbd", "child_attach", u64(spec.snap_id) + cls.encode_child(child))
+    with ignoring(errno.ENOENT):
+        announce(parent.ctx, parent.oid)
+
+
+def children_of(handle: ImageHandle, snap_id: int | None = None) -> list[ChildSpec]:
+    """Clones of one snapshot, or of all: ascending by pool, namespace and id, without doubles."""
+    header = handle.header
+    found: set[ChildSpec] = set()
+    for number in header.snaps if snap_id is None else [snap_id]:
+        found.update(cls.children(handle.ctx, handle.oid, number))
+        found.update(v1_children(handle, number))
+    return sorted(found)
+
+
+def describe(handle: ImageHandle, child: ChildSpec) -> Child:
+    ctx = handle.store.open(child.pool_id, child.namespace)
+    pool = next((row.name for row in handle.store.pools() if row.pool_id == child.pool_id), "")
+    trashed = False
+    with ignoring(errno.ENOENT):
+        cls.trash_get(ctx, child.image_id)
+        trashed = True
+    return Child(pool, child.namespace, name_by_id(ctx, child.image_id), child.image_id, trashed)
+
+
+def descendants_of(handle: ImageHandle, snap_id: int | None = None) -> Iterator[ChildSpec]:
+    """Clones, their clones and so on."""
+    seen: set[ChildSpec] = set()
+    queue = children_of(handle, snap_id)
+    while queue:
+        child = queue.pop(0)
+        if child in seen:
+            continue
+        seen.add(child)
+        yield child
+        with ignoring(errno.ENOENT):
+            ctx = handle.store.open(child.pool_id, child.namespace)
+            with ImageHandle.open(ctx, image_id=child.image_id, read_only=True) as opened:
+                queue += children_of(opened)

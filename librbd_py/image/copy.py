@@ -1,0 +1,142 @@
+"""Copies of images: content only, or with snapshots."""
+
+from __future__ import annotations
+
+from librbd_py.store.api import NOSNAP, ObjectContext
+
+from . import cls, snapshots
+from . import features as ft
+from .clones import attach, inherited
+from .diff import diff_iterate
+from .directory import DEFAULTS, CreateOptions, Progress, create, remove_image
+from .handle import ImageHandle
+from .io import before_write
+from .plain import read_view
+from .resize import resize
+
+CHUNK = 4 << 20  # bytes read and written at once
+
+
+def copy(
+    source: ImageHandle,
+    ctx: ObjectContext,
+    name: str,
+    options: CreateOptions = DEFAULTS,
+    progress: Progress | None = None,
+) -> str:
+    """A new image with the content `source` is open at; no snapshots, no parent. Returns its id. EEXIST, and what
+    `directory.create` raises."""
+    header = source.header
+    size = header.size_at(source.snap_id)
+    image_id = create(ctx, name, size, _options(source, options))
+    try:
+        with ImageHandle.open(ctx, name) as dest:
+            metadata = cls.metadata(source.ctx, source.oid)
+            if metadata:
+                ctx.exec(dest.oid, "rbd", "metadata_set", cls.encode_metadata(metadata))
+            copy_range(source, dest, None, progress)
+            dest.data.flush()
+    except BaseException:
+        remove_image(ctx, name)
+        raise
+    return image_id
+
+
+def deep_copy(
+    source: ImageHandle,
+    ctx: ObjectContext,
+    name: str,
+    options: CreateOptions = DEFAULTS,
+    *,
+    flatten: bool = False,
+    progress: Progress | None = None,
+) -> str:
+    """A new image with content, user snapshots and, unless `flatten`, the parent. Returns its id."""
+    header = source.header
+    order = [snap for snap in header.snaps.values() if snap.is_user]
+    first_size = order[0].size if order else header.size
+    keeps_parent = not flatten and bool(header.overlap_at(NOSNAP)) and not order
+    image_id = create(ctx, name, first_size, _options(source, options))
+    before = source.snap_id
+    try:
+        with ImageHandle.open(ctx, name) as dest:
+            if keeps_parent:
+                _same_parent(source, dest)
+            metadata = cls.metadata(source.ctx, source.oid)
+            if metadata:
+                ctx.exec(dest.oid, "rbd", "metadata_set", cls.encode_metadata(metadata))
+            last: int | None = None
+            for snap in order:
+                if dest.header.size != snap.size:
+                    resize(dest, snap.size)
+                source.set_snapshot(snap.id)
+                copy_range(source, dest, last, None)
+                snapshots.create(dest, snap.name)
+                last = snap.id
+            source.set_snapshot(None)
+            if dest.header.size != header.size:
+                resize(dest, header.size)
+            copy_range(source, dest, last, progress, include_parent=not keeps_parent)
+            dest.data.flush()
+    except BaseException:
+        source.set_snapshot(None if before == NOSNAP else before)
+        with ImageHandle.open(ctx, name) as dest:
+            for snap_id in list(dest.header.snaps):
+                snapshots.remove(dest, snap_id)
+        remove_image(ctx, name)
+        raise
+    source.set_snapshot(None if before == NOSNAP else before)
+    return image_id
+
+
+def _same_parent(source: ImageHandle, dest: ImageHandle) -> None:
+    spec = source.header.parent
+    ctx = source.store.open(spec.pool_id, spec.namespace)
+    with ImageHandle.open(ctx, image_id=spec.image_id, snapshot=spec.snap_id, read_only=True) as parent:
+        attach(parent, dest.ctx, dest.id, 2 if source.header.op_features & ft.OP_CLONE_CHILD else 1)
+    dest.changed()
+
+
+def _options(source: ImageHandle, options: CreateOptions) -> CreateOptions:
+    chosen = options
+    if chosen.features is None:
+        header = source.header
+        chosen = CreateOptions(
+            options.order, header.features & ~ft.INTERNAL, options.stripe_unit, options.stripe_count, options.data_pool
+        )
+    if not chosen.features or not chosen.features & ft.LAYERING:
+        return chosen
+    return inherited(source.header, chosen)
+
+
+def copy_range(
+    source: ImageHandle,
+    dest: ImageHandle,
+    from_snapshot: int | None,
+    progress: Progress | None,
+    *,
+    include_parent: bool = True,
+) -> None:
+    """Writes into `dest` what changed in `source` since the snapshot."""
+    view = source.view_at(source.snap_id)
+    total = view.size
+    if not total:
+        return
+    before_write(dest)
+
+    def found(offset: int, length: int, data: bool) -> None:
+        end = offset + length
+        while offset < end:
+            take = min(CHUNK - offset % CHUNK, end - offset)
+            if progress is not None:
+                progress(offset, total)
+            content = read_view(view, offset, take) if data else b""
+            if content.strip(b"\0"):
+                dest.data.write(offset, content)
+            elif from_snapshot is not None:
+                dest.data.write_zeroes(offset, take)
+            offset += take
+
+    diff_iterate(source, 0, total, from_snapshot, found, include_parent=include_parent)
+    if progress is not None:
+        progress(total, total)

@@ -1,0 +1,234 @@
+"""What differs between two points in an image's life.
+
+Exact: from each object's own history (its snapset: which bytes neighbouring versions share). Whole objects: from the
+object maps where they can be believed, else from the same history.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+
+from librbd_py.store.api import NOSNAP, SnapSet
+
+from . import features as ft
+from .handle import ImageHandle
+from .map_check import snapset_of, version_at
+from .object_map import EXISTS_CLEAN, NONEXISTENT
+from .resize import known_states
+from .snapshots import find
+from .view import ViewSpec
+
+Found = Callable[[int, int, bool], object]  # offset, length in the image; True: data, False: a hole now
+Extents = list[tuple[int, int, bool]]  # offset, length within an object; data or hole
+
+
+def diff_iterate(
+    handle: ImageHandle,
+    offset: int,
+    length: int,
+    from_snapshot: str | int | None,
+    found: Found,
+    *,
+    include_parent: bool = True,
+    whole_object: bool = False,
+) -> None:
+    """Calls `found` in ascending order for what changed from the snapshot (None: since the image was empty) to what the
+    handle is open at. A negative result ends it with EIO.
+
+    ENOENT: no such snapshot. EINVAL: it is newer than what the handle is open at, or the range lies beyond the image.
+    """
+    header = handle.header
+    end_id = handle.snap_id
+    if from_snapshot is None:
+        start_id = 0
+    elif isinstance(from_snapshot, int):
+        start_id = from_snapshot
+        if start_id not in header.snaps:
+            raise OSError(errno.ENOENT, f"no snapshot {start_id}")
+    else:
+        start_id = find(header, from_snapshot).id
+    size = header.size_at(end_id)
+    if not length:
+        return
+    if offset >= size:
+        raise OSError(errno.EINVAL, f"{offset} is not within the image's {size} bytes")
+    length = min(length, size - offset)
+    if start_id > end_id:
+        raise OSError(errno.EINVAL, "the snapshot is newer than what the image is open at")
+    if start_id == end_id:
+        return
+    with handle.quiesced(1) if end_id == NOSNAP and handle.is_lock_owner else _nothing():
+        rows = _rows(handle, offset, length, start_id, end_id, include_parent, whole_object)
+        for start, size, data in rows:
+            result = found(start, size, data)
+            if isinstance(result, int) and result < 0:
+                raise OSError(-result, "the callback asked to stop")
+
+
+class _nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+def _rows(
+    handle: ImageHandle, offset: int, length: int, start_id: int, end_id: int, include_parent: bool, whole: bool
+) -> Iterator[tuple[int, int, bool]]:
+    layout = handle.header.layout
+    view = handle.view_at(end_id)
+    maps = _maps(handle, start_id, end_id)
+    cache: dict[int, Extents] = {}
+    pending: tuple[int, int, bool] | None = None
+    for piece in layout.map(offset, length):
+        if piece.objno not in cache:
+            if layout.stripe_count == 1:
+                cache.clear()
+            cache[piece.objno] = _object(handle, view, piece.objno, start_id, end_id, maps, include_parent, whole)
+        image_at = offset + piece.position
+        for at, size, data in cache[piece.objno]:
+            first, last = max(at, piece.offset), min(at + size, piece.offset + piece.length)
+            if first >= last:
+                continue
+            row = (image_at + first - piece.offset, last - first, data)
+            if pending is not None and pending[0] + pending[1] == row[0] and pending[2] == data and not whole:
+                pending = (pending[0], pending[1] + row[1], data)
+            else:
+                if pending is not None:
+                    yield pending
+                pending = row
+    if pending is not None:
+        yield pending
+
+
+def _object(
+    handle: ImageHandle,
+    view: ViewSpec,
+    objno: int,
+    start_id: int,
+    end_id: int,
+    maps: list[bytearray] | None,
+    include_parent: bool,
+    whole: bool,
+) -> Extents:
+    changed = None if maps is None else _map_says(maps, objno, bool(start_id), handle.header.parent.exists)
+    object_size = handle.header.layout.object_size
+    if changed is None or (changed and not whole):
+        snapset = snapset_of(handle, objno)
+        extents = _history(handle, objno, snapset, start_id, end_id) if snapset is not None else []
+        exists = snapset is not None and version_at(snapset, end_id) is not None
+    else:
+        exists = changed is not False
+        extents = [(0, object_size, maps is not None and _present(maps[-1], objno))] if changed else []
+        if not start_id and not exists:
+            snapset = None
+    if not exists and not start_id and include_parent and view.parent is not None:
+        extents = _of_parent(view, objno)
+    if whole and extents:
+        return [(0, object_size, any(data for _, _, data in extents))]
+    return extents
+
+
+def _history(handle: ImageHandle, objno: int, snapset: SnapSet, start_id: int, end_id: int) -> Extents:
+    """The bytes of one object that differ between two snapshots, from what neighbouring versions share."""
+    order = sorted(snapset.clones, key=lambda clone: clone.clone_id)
+    sizes = {clone.clone_id: clone.size for clone in order}
+    start = version_at(snapset, start_id) if start_id else None
+    end = version_at(snapset, end_id)
+    start_size = sizes[start] if start is not None else 0
+    end_size = sizes[end] if end is not None else 0
+    if start is not None and start == end:
+        return []
+    if start is None or end is None:
+        rows: Extents = []
+        if end_size:
+            rows.append((0, end_size, True))
+        if start_size > end_size:
+            rows.append((end_size, start_size - end_size, False))
+        return rows
+    # Shared through every version from start to end = unchanged. A version in between that no longer exists (its
+    # object was removed and made again) shares nothing.
+    shared = [(0, max(start_size, end_size))]
+    for clone in order:
+        if start <= clone.clone_id < end:
+            shared = _intersect(shared, list(clone.overlap))
+    rows = []
+    at = 0
+    for first, size in [*shared, (max(start_size, end_size), 0)]:
+        if first > at:
+            if at < end_size:
+                rows.append((at, min(first, end_size) - at, True))
+            if first > end_size:
+                gone = max(at, end_size)
+                rows.append((gone, first - gone, False))
+        at = max(at, first + size)
+    return rows
+
+
+def _intersect(left: list[tuple[int, int]], right: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    out = []
+    for a, a_size in left:
+        for b, b_size in right:
+            first, last = max(a, b), min(a + a_size, b + b_size)
+            if first < last:
+                out.append((first, last - first))
+    return sorted(out)
+
+
+def _of_parent(view: ViewSpec, objno: int) -> Extents:
+    """Where the parent has data below an object that does not exist in the child."""
+    from .plain import read_view
+
+    rows: Extents = []
+    at = 0
+    assert view.parent is not None
+    for start, size in view.layout.within(objno, 0, view.layout.object_size, view.overlap):
+        data = read_view(view.parent, start, size)
+        first = len(data) - len(data.lstrip(b"\0"))
+        kept = len(data.rstrip(b"\0"))
+        if kept > first:
+            rows.append((at + first, kept - first, True))
+        at += size
+    return rows
+
+
+def _present(states: bytearray, objno: int) -> bool:
+    return objno < len(states) and states[objno] != NONEXISTENT
+
+
+def _map_says(maps: list[bytearray], objno: int, from_snapshot: bool, clone: bool) -> bool | None:
+    """Did the object change? None: the maps cannot tell. `maps` runs from the start to the end, both included.
+
+    In a clone, absent in a snapshot's map may also mean "not yet copied up when the map was made".
+    """
+    unknown = None if clone else False
+    if not from_snapshot:
+        return True if _present(maps[-1], objno) else unknown
+    states = [states[objno] if objno < len(states) else NONEXISTENT for states in maps]
+    before = states[0]
+    if all(state == NONEXISTENT for state in states):
+        return unknown
+    for state in states[1:]:
+        if (state == NONEXISTENT) != (before == NONEXISTENT) or state not in (NONEXISTENT, EXISTS_CLEAN):
+            return True
+        before = state
+    return False
+
+
+def _maps(handle: ImageHandle, start_id: int, end_id: int) -> list[bytearray] | None:
+    """Object maps of every snapshot from start to end; None unless all of them can be believed."""
+    header = handle.header
+    if not header.has(ft.FAST_DIFF):
+        return None
+    between = [snap_id for snap_id in header.snaps if start_id <= snap_id <= end_id]
+    if end_id == NOSNAP:
+        between.append(NOSNAP)
+    maps = []
+    for snap_id in between:
+        states = None if header.flags_at(snap_id) & ft.FLAG_FAST_DIFF_INVALID else known_states(handle, snap_id)
+        if states is None:
+            return None
+        maps.append(states)
+    return maps

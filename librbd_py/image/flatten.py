@@ -1,0 +1,85 @@
+"""Cutting a clone loose from its parent."""
+
+from __future__ import annotations
+
+import errno
+
+from librbd_py.store.api import NOSNAP
+
+from . import features as ft
+from . import object_map
+from .directory import Progress
+from .handle import ImageHandle
+from .object_map import EXISTS, NONEXISTENT
+from .objects import exists, ignoring
+from .snapshots import detach_child
+
+
+def flatten(handle: ImageHandle, progress: Progress | None = None) -> None:
+    """Copies what is still the parent's and drops the link. EINVAL: no parent; EROFS.
+
+    With deep-flatten the snapshots are cut loose too; without it they keep the parent until the last of them goes.
+    """
+    if handle.read_only:
+        raise OSError(errno.EROFS, "the image is open read-only")
+    if handle.snap_id != NOSNAP or not handle.header.overlap_at(NOSNAP):
+        raise OSError(errno.EINVAL, "the image has no parent")
+    with handle.exclusive() as header:
+        overlap = header.overlap_at(NOSNAP)
+        total = header.layout.objects(overlap)
+        for objno in range(total):
+            if progress is not None:
+                progress(objno, total)
+            handle.data.copyup(objno)
+        handle.data.flush()
+        if header.snaps and header.has(ft.OBJECT_MAP):
+            maps_of_snapshots(handle, total)
+        with handle.quiesced():
+            detach(handle)
+            handle.refresh()
+    handle.announce()
+
+
+def maps_of_snapshots(handle: ImageHandle, total: int) -> None:
+    """What was copied up belongs to every snapshot: their object maps learn of it."""
+    header = handle.header
+    present = [exists(handle.data_ctx, handle.objects.oid(objno)) for objno in range(total)]
+    for snap_id in header.snaps:
+        with ignoring(errno.ENOENT):
+            states = object_map.load(handle.ctx, handle.id, snap_id)
+            for objno in range(min(total, len(states))):
+                if states[objno] == NONEXISTENT and present[objno]:
+                    with ignoring(errno.ENOENT):
+                        handle.data_ctx.stat(handle.objects.oid(objno), snap_id)
+                        states[objno] = EXISTS
+            object_map.save(handle.ctx, handle.id, snap_id, states)
+
+
+def detach(handle: ImageHandle) -> None:
+    """Ends the link of HEAD to its parent; of the child to the parent when no snapshot needs it either."""
+    header = handle.header
+    spec = header.parent
+    keeps = not header.has(ft.DEEP_FLATTEN) and any(snap.parent_overlap for snap in header.snaps.values())
+    if not keeps:
+        detach_child(handle, spec)
+    with ignoring(errno.ENOENT):
+        handle.ctx.exec(handle.oid, "rbd", "parent_detach")
+    if not keeps and header.op_features & ft.OP_CLONE_CHILD:
+        clear_child_bit(handle)
+
+
+def clear_child_bit(handle: ImageHandle) -> None:
+    from .cls import u64
+
+    handle.ctx.exec(handle.oid, "rbd", "op_features_set", u64(0) + u64(ft.OP_CLONE_CHILD))
+
+
+def flatten_children(handle: ImageHandle, snap_id: int) -> None:
+    """Flattens every clone of a snapshot."""
+    from .clones import children_of
+
+    for child in children_of(handle, snap_id):
+        ctx = handle.store.open(child.pool_id, child.namespace)
+        with ImageHandle.open(ctx, image_id=child.image_id) as opened:
+            flatten(opened)
+    handle.refresh()

@@ -1,0 +1,518 @@
+"""An open image: its header, its view for the data path, its watch and its exclusive lock.
+
+Threads: any number may use a handle. `_one_op` serialises maintenance operations and may be held for long; `_state`
+guards the header and the view and is held for a read of the header at most. Callbacks of `HeaderControl` take `_state`
+only, and wait for maintenance operations through `_holds`, so a lock request never dead-locks with an operation that is
+itself waiting for the lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from librbd_py.control import wire
+from librbd_py.control.driver import HeaderControl
+from librbd_py.control.pool import control_pool
+from librbd_py.native import check, lib
+from librbd_py.store.api import NOSNAP, ObjectContext
+
+from . import cls, object_map
+from . import features as ft
+from .datapath import NativeImage
+from .header import MAX_PARENTS, Header, ParentSpec, header_oid, image_id_of, load
+from .objects import ignoring
+from .plain import EVERYTHING, NO_MAP, WRITES, PlainData
+from .view import DataObjects, DataPath, ViewSpec
+
+DRAIN_SECONDS = 60.0  # how long a change waits for requests in flight
+OWN_SECONDS = 30.0  # how long a new lock owner waits for the last write of the one before
+NOTIFY_MS = 5000
+
+log = logging.getLogger("librbd_py.image")
+
+
+class ImageHandle:
+    """Open with `ImageHandle.open`, close with `close`. Failures are OSError."""
+
+    def __init__(
+        self, ctx: ObjectContext, name: str, header: Header, *, read_only: bool, snap_id: int = NOSNAP
+    ) -> None:
+        self.ctx = ctx
+        self.store = ctx.store
+        self.name = name
+        self.id = header.id
+        self.oid = header_oid(header.id)
+        self.read_only = read_only
+        self.snap_id = snap_id
+        self.closed = False
+        self.gone = False  # removed by this handle
+        self.control: HeaderControl | None = None
+        self._header = header
+        self._state = threading.RLock()
+        self._one_op = threading.RLock()
+        self._holds = threading.Condition()
+        self._in_use = 0  # maintenance operations that need the lock to stay; guarded by _holds
+        self._releasing = False  # guarded by _holds
+        self._owner = False
+        self._released_by_hand = False
+        self._seen_seq = 0
+        self._size_limit: int | None = None
+        self._lost: OSError | None = None
+        self.next_touch: dict[str, float] = {}  # access, modify: time.monotonic() of the next look at the times
+        self._parents: tuple[ParentSpec, ViewSpec, list[DataObjects]] | None = None
+        self._retired: list[DataObjects] = []  # parents of older views; requests in flight may still read them
+        pool = header.data_pool_id
+        self.data_ctx = ctx if pool in (-1, ctx.pool_id) else ctx.store.open(pool, ctx.namespace)
+        self.objects = DataObjects(self.data_ctx, header.object_prefix, header.order).open()
+        try:
+            self.data: DataPath = make_data(self._view(), self.acquire_lock)
+        except BaseException:
+            self._close_objects()
+            raise
+
+    @classmethod
+    def open(
+        cls,
+        ctx: ObjectContext,
+        name: str | None = None,
+        *,
+        image_id: str | None = None,
+        snapshot: str | int | None = None,
+        read_only: bool = False,
+    ) -> ImageHandle:
+        """By name or by id; `snapshot` is a name (user namespace) or an id, and makes the view read-only.
+
+        ENOENT: no such image or snapshot. ENOSYS: features this library lacks. A read-write open registers a watch.
+        """
+        if image_id is None:
+            if not name:
+                raise OSError(errno.ENOENT, "an image has a name")
+            image_id = image_id_of(ctx, name)
+        elif name is None:
+            name = name_by_id(ctx, image_id)
+        header = load(ctx, image_id, read_only=read_only)
+        snap_id = resolve_snapshot(header, snapshot)
+        if header.has(ft.NON_PRIMARY | ft.MIGRATING):
+            read_only = True
+        handle = cls(ctx, name or "", header, read_only=read_only, snap_id=snap_id)
+        if not read_only:
+            control = HeaderControl(ctx, handle.oid, handle)
+            try:
+                control.open()
+                handle.control = control
+                handle.refresh()
+            except BaseException:
+                handle.close()
+                raise
+        return handle
+
+    # --- header and view -------------------------------------------------------------------------------------------
+
+    @property
+    def header(self) -> Header:
+        """The header as of the last update anybody announced. ESHUTDOWN when fenced."""
+        if self._lost is not None:
+            raise OSError(self._lost.errno, self._lost.strerror)
+        control = self.control
+        if control is not None and control.header_seq != self._seen_seq:
+            self.refresh()
+        return self._header
+
+    def refresh(self) -> Header:
+        """Reads the header again and publishes what follows from it."""
+        with self._state:
+            if self.closed:
+                return self._header
+            seq = self.control.header_seq if self.control is not None else 0
+            self._header = load(self.ctx, self.id, read_only=self.read_only)
+            self._seen_seq = seq
+            self._publish()
+            return self._header
+
+    def _publish(self) -> None:
+        self.data.publish(self._view())
+
+    def _view(self) -> ViewSpec:
+        header, snap_id = self._header, self.snap_id
+        if snap_id != NOSNAP and snap_id not in header.snaps:
+            # Removed under us: nothing is left to read.
+            return ViewSpec(0, header.layout, self.objects, snap_id, read_only=True)
+        overlap = header.overlap_at(snap_id)
+        size = header.size_at(snap_id)
+        limit = size if self._size_limit is None else min(size, self._size_limit)
+        return ViewSpec(
+            size=limit,
+            layout=header.layout,
+            data=self.objects,
+            snap_id=snap_id,
+            snapc=header.snapc,
+            read_only=self.read_only or snap_id != NOSNAP,
+            need_lock=self.uses_lock and not self._owner,
+            parent=self._parent_view(header) if overlap else None,
+            overlap=min(overlap, limit),
+        )
+
+    def limit_size(self, size: int | None) -> None:
+        """HEAD ends at `size` whatever the header says: while it shrinks."""
+        with self._state:
+            self._size_limit = size
+            self._publish()
+
+    def view_at(self, snap_id: int) -> ViewSpec:
+        """A view for reading this image at a snapshot or HEAD without moving the handle."""
+        with self._state:
+            header = self._header
+            overlap = header.overlap_at(snap_id)
+            return ViewSpec(
+                size=header.size_at(snap_id),
+                layout=header.layout,
+                data=self.objects,
+                snap_id=snap_id,
+                snapc=header.snapc,
+                read_only=True,
+                parent=self._parent_view(header) if overlap else None,
+                overlap=overlap,
+            )
+
+    def _parent_view(self, header: Header) -> ViewSpec:
+        if self._parents is not None and self._parents[0] == header.parent:
+            return self._parents[1]
+        opened: list[DataObjects] = []
+        try:
+            view = parent_view(self.store, header.parent, opened, {(self.ctx.pool_id, self.ctx.namespace, self.id)})
+        except BaseException:
+            for objects in opened:
+                objects.close()
+            raise
+        if self._parents is not None:
+            self._retired += self._parents[2]
+        self._parents = (header.parent, view, opened)
+        return view
+
+    def set_snapshot(self, snapshot: str | int | None) -> None:
+        """Moves the handle to a snapshot (name or id) or back to HEAD (None)."""
+        header = self.header
+        with self._one_op, self._state:
+            self.snap_id = resolve_snapshot(header, snapshot)
+            self._publish()
+
+    @contextmanager
+    def at_head(self) -> Iterator[None]:
+        """For operations that librbd allows while the handle is set to a snapshot: HEAD meanwhile."""
+        with self._one_op:
+            snap_id, self.snap_id = self.snap_id, NOSNAP
+            try:
+                yield
+            finally:
+                with self._state:
+                    self.snap_id = snap_id
+                    self._publish()
+
+    @property
+    def native(self) -> NativeImage:
+        """The image in the C engine, for exports and statistics. EOPNOTSUPP: the store has no C data plane."""
+        if not isinstance(self.data, NativeImage):
+            raise OSError(errno.EOPNOTSUPP, "this store has no C data plane")
+        return self.data
+
+    # --- exclusive lock --------------------------------------------------------------------------------------------
+
+    @property
+    def uses_lock(self) -> bool:
+        return not self.read_only and self.snap_id == NOSNAP and self._header.has(ft.EXCLUSIVE_LOCK)
+
+    @property
+    def is_lock_owner(self) -> bool:
+        return self._owner and self.control is not None and self.control.is_owner
+
+    def acquire_lock(self) -> None:
+        """Waits until this handle owns the exclusive lock. EROFS: it was given up by hand, or the owner keeps it."""
+        if self._lost is not None:
+            raise OSError(self._lost.errno, self._lost.strerror)
+        if self.control is None or self._released_by_hand:
+            raise OSError(errno.EROFS, "this handle does not take the exclusive lock")
+        self.control.acquire()
+
+    def lock_by_hand(self) -> None:
+        """lock_acquire: takes the lock and keeps it when others ask. EINVAL: the image has no such feature."""
+        self._require_lock_feature()
+        assert self.control is not None
+        self._released_by_hand = False
+        self.acquire_lock()
+        self.control.set_policy("exclusive")
+
+    def unlock_by_hand(self) -> None:
+        """lock_release: gives it up; writes fail with EROFS until it is taken again. EINVAL: not the owner."""
+        self._require_lock_feature()
+        assert self.control is not None
+        if not self.is_lock_owner:
+            raise OSError(errno.EINVAL, "this handle does not own the exclusive lock")
+        self.control.set_policy("automatic")
+        self._released_by_hand = True
+        self.control.release()
+
+    def _require_lock_feature(self) -> None:
+        if self.control is None or self.snap_id != NOSNAP or not self.header.has(ft.EXCLUSIVE_LOCK):
+            raise OSError(errno.EINVAL, "the exclusive-lock feature is not usable here")
+
+    @contextmanager
+    def exclusive(self) -> Iterator[Header]:
+        """The time of a maintenance operation: one at a time, owning the lock throughout. Yields the fresh header."""
+        self.require_writable()
+        with self._one_op:
+            held = self._hold()
+            try:
+                yield self.header
+            finally:
+                if held:
+                    with self._holds:
+                        self._in_use -= 1
+                        self._holds.notify_all()
+
+    def require_writable(self) -> None:
+        if self.read_only or self.snap_id != NOSNAP:
+            raise OSError(errno.EROFS, "the image is open read-only")
+
+    def _hold(self) -> bool:
+        if not self.header.has(ft.EXCLUSIVE_LOCK):
+            return False
+        while True:
+            with self._holds:
+                # _one_op is ours, so a hold that exists is an outer one of this very thread.
+                if self._in_use or (self._owner and not self._releasing):
+                    self._in_use += 1
+                    return True
+            self.acquire_lock()
+
+    @contextmanager
+    def quiesced(self, which: int = EVERYTHING) -> Iterator[None]:
+        """No request runs inside. ETIMEDOUT when those in flight do not end."""
+        self.data.block(which, DRAIN_SECONDS)
+        try:
+            yield
+        finally:
+            self.data.unblock(which)
+
+    def changed(self) -> None:
+        """After a change of the header: publish it here, tell everybody else."""
+        self.refresh()
+        self.announce()
+
+    def announce(self) -> None:
+        with ignoring(errno.ENOENT):
+            announce(self.ctx, self.oid)
+
+    # --- HeaderControl's callbacks ---------------------------------------------------------------------------------
+
+    def header_updated(self) -> None:
+        try:
+            self.refresh()
+        except OSError as failure:
+            log.warning("image %s: the header cannot be read: %s", self.id, failure)
+
+    def post_acquire(self) -> None:
+        with self._state:
+            header = load(self.ctx, self.id, read_only=False)
+            if self.objects.native is not None:
+                self.objects.native.own(OWN_SECONDS)
+            if header.has(ft.OBJECT_MAP):
+                self._take_map(header)
+            self._owner = True
+            self._header = header
+            self._publish()
+
+    def pre_release(self) -> None:
+        with self._holds:
+            self._releasing = True
+            self._holds.wait_for(lambda: self._in_use == 0)
+        try:
+            self.data.block(WRITES, DRAIN_SECONDS)
+            try:
+                flush_objects(self.objects)
+                with self._state:
+                    self._owner = False
+                    self._publish()
+                if self.objects.native is not None:
+                    self.objects.native.disown()
+                if isinstance(self.data, PlainData):
+                    self.data.object_map = NO_MAP
+                if self._header.has(ft.OBJECT_MAP):
+                    object_map.unlock(self.ctx, self.id)
+            finally:
+                self.data.unblock(WRITES)
+        finally:
+            with self._holds:
+                self._releasing = False
+                self._holds.notify_all()
+
+    def lost(self, failure: OSError) -> None:
+        self._lost = failure
+        self._owner = False
+        self.data.fence(failure.errno or errno.ESHUTDOWN)
+
+    def peer_op(self, message: Any) -> int | None:
+        """Operations of other clients are not run for them: they take the lock and do it themselves."""
+        return None
+
+    def _take_map(self, header: Header) -> None:
+        try:
+            object_map.lock(self.ctx, self.id)
+            if isinstance(self.data, PlainData) and not self.keeps_map:
+                self.data.object_map = object_map.HeadMap(self.ctx, self.id, self.map_failed)
+        except OSError as failure:
+            self.map_failed(failure)
+
+    def take_map(self) -> None:
+        """After the map was made, resized or rewritten: load it again."""
+        if self._owner and isinstance(self.data, PlainData):
+            self.data.object_map = NO_MAP
+            if self._header.has(ft.OBJECT_MAP) and not self.keeps_map:
+                self.data.object_map = object_map.HeadMap(self.ctx, self.id, self.map_failed)
+
+    @property
+    def keeps_map(self) -> bool:
+        """The store records existence by itself."""
+        return self.objects.native is not None and self.objects.native.keeps_object_map
+
+    def forget_map(self) -> None:
+        """The image is about to go, and its map with it."""
+        if isinstance(self.data, PlainData):
+            self.data.object_map = NO_MAP
+        self.gone = True
+
+    def drop_map(self) -> None:
+        """The object-map feature goes: its lock too."""
+        if isinstance(self.data, PlainData):
+            self.data.object_map = NO_MAP
+        object_map.unlock(self.ctx, self.id)
+
+    def lock_no_longer_used(self) -> None:
+        """The exclusive-lock feature went while this handle owned the lock. Called inside `exclusive`."""
+        control = self.control
+        assert control is not None
+        with self._holds:
+            held, self._in_use = self._in_use, 0
+        try:
+            control.release()
+        finally:
+            with self._holds:
+                self._in_use = held
+
+    def map_failed(self, failure: OSError) -> None:
+        """The HEAD map can no longer be believed; a rebuild makes it true again."""
+        log.warning("image %s: its object map is marked invalid: %s", self.id, failure)
+        both = ft.FLAG_OBJECT_MAP_INVALID | ft.FLAG_FAST_DIFF_INVALID
+        object_map.invalidate(self.ctx, self.oid, [NOSNAP], both)
+
+    # --- end -------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Releases the lock, ends the watch and the data path. Idempotent. EBUSY while an export serves the image."""
+        with self._one_op:
+            if self.closed:
+                return
+            failure: OSError | None = None
+            if self.control is not None:
+                try:
+                    self.control.close()
+                except OSError as problem:
+                    failure = problem
+            self.data.close()
+            self.closed = True
+            self._close_objects()
+        if failure is not None and self._lost is None and not self.gone:
+            raise failure
+
+    def _close_objects(self) -> None:
+        with self._state:
+            rest = [self.objects, *self._retired, *(self._parents[2] if self._parents is not None else [])]
+            self._parents, self._retired = None, []
+        for objects in rest:
+            objects.close()
+
+    def __enter__(self) -> ImageHandle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def announce(ctx: ObjectContext, oid: str) -> None:
+    """HeaderUpdate to every watcher of a header."""
+    ctx.notify(oid, wire.header_update(), NOTIFY_MS)
+
+
+def make_data(view: ViewSpec, lock_needed: Callable[[], None]) -> DataPath:
+    """The C engine where every store of the chain has one, else plain Python."""
+    if all(level.data.native is not None for level in view.chain()):
+        return NativeImage(view, lambda: control_pool().submit(lambda: _take_lock(lock_needed)))
+    return PlainData(view, lock_needed)
+
+
+def _take_lock(lock_needed: Callable[[], None]) -> None:
+    try:
+        lock_needed()
+    except OSError as failure:
+        log.warning("a write waits for the exclusive lock in vain: %s", failure)
+
+
+def flush_objects(objects: DataObjects) -> None:
+    """Everything written so far is durable afterwards, past the gate."""
+    if objects.native is not None:
+        check(lib.rbdn_store_flush(objects.native.handle), "flush")
+
+
+def resolve_snapshot(header: Header, snapshot: str | int | None) -> int:
+    """The id of a snapshot given by name (user namespace) or id. ENOENT."""
+    if snapshot is None:
+        return NOSNAP
+    if isinstance(snapshot, int):
+        if snapshot not in header.snaps:
+            raise OSError(errno.ENOENT, f"no snapshot {snapshot}")
+        return snapshot
+    snap = header.snap_named(snapshot, cls.USER)
+    if snap is None:
+        raise OSError(errno.ENOENT, f"no snapshot named {snapshot!r}")
+    return snap.id
+
+
+def name_by_id(ctx: ObjectContext, image_id: str) -> str:
+    """Its name in the directory or in the trash; empty when it is in neither."""
+    with ignoring(errno.ENOENT):
+        return cls.name_of(ctx, image_id)
+    with ignoring(errno.ENOENT):
+        return cls.trash_get(ctx, image_id).name
+    return ""
+
+
+def parent_view(store: Any, spec: ParentSpec, opened: list[DataObjects], seen: set[tuple[int, str, str]]) -> ViewSpec:
+    """The view of a parent snapshot, its own parents included. Appends the data objects taken to `opened`.
+
+    ELOOP: an image is its own ancestor, or the chain is deeper than MAX_PARENTS.
+    """
+    key = (spec.pool_id, spec.namespace, spec.image_id)
+    if key in seen or len(seen) > MAX_PARENTS:
+        raise OSError(errno.ELOOP, f"the chain of parents through image {spec.image_id} does not end")
+    seen.add(key)
+    ctx = store.open(spec.pool_id, spec.namespace)
+    header = load(ctx, spec.image_id, read_only=True)
+    if spec.snap_id not in header.snaps:
+        raise OSError(errno.ENOENT, f"parent image {spec.image_id} has no snapshot {spec.snap_id}")
+    data_ctx = ctx if header.data_pool_id == -1 else store.open(header.data_pool_id, spec.namespace)
+    objects = DataObjects(data_ctx, header.object_prefix, header.order).open()
+    opened.append(objects)
+    overlap = header.overlap_at(spec.snap_id)
+    return ViewSpec(
+        size=header.size_at(spec.snap_id),
+        layout=header.layout,
+        data=objects,
+        snap_id=spec.snap_id,
+        read_only=True,
+        parent=parent_view(store, header.parent, opened, seen) if overlap else None,
+        overlap=overlap,
+    )

@@ -1,0 +1,125 @@
+"""An image's header as values: loading it, its snapshots and its chain of parents.
+
+`load` is one atomic read of `rbd_header.<id>`, as librbd does it, and a second one for the snapshots; when a snapshot
+disappears between the two, it starts again.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from librbd_py.store.api import NOSNAP, ObjectContext, SnapContext
+
+from . import cls
+from . import features as ft
+from .cls import NO_PARENT, ParentSpec, SnapNamespace, Snapshot
+from .layout import Layout
+
+MAX_PARENTS = 64  # depth of a clone chain; deeper is refused (ELOOP)
+ATTEMPTS = 16  # of a load that raced with the removal of a snapshot
+UNPROTECTED, UNPROTECTING, PROTECTED = 0, 1, 2
+
+
+def header_oid(image_id: str) -> str:
+    return f"rbd_header.{image_id}"
+
+
+def id_oid(name: str) -> str:
+    return f"rbd_id.{name}"
+
+
+def map_oid(image_id: str, snap_id: int = NOSNAP) -> str:
+    return f"rbd_object_map.{image_id}" + ("" if snap_id == NOSNAP else f".{snap_id:016x}")
+
+
+@dataclass(frozen=True)
+class Header:
+    id: str
+    order: int
+    object_prefix: str
+    data_pool_id: int  # -1: the header's pool
+    layout: Layout
+    size: int  # bytes, of HEAD
+    features: int
+    incompatible: int  # features one must know to open it in the mode asked for
+    op_features: int
+    flags: int
+    snapc: SnapContext
+    snaps: Mapping[int, Snapshot]  # by id, ascending
+    parent: ParentSpec  # NO_PARENT when there is none
+    parent_overlap: int | None  # of HEAD; None: HEAD needs no parent
+
+    def has(self, feature: int) -> bool:
+        return bool(self.features & feature)
+
+    def snap_named(self, name: str, kind: int | None = None) -> Snapshot | None:
+        """By name; only in this namespace when `kind` is given."""
+        for snap in self.snaps.values():
+            if snap.name == name and kind in (None, snap.namespace.kind):
+                return snap
+        return None
+
+    def size_at(self, snap_id: int) -> int:
+        return self.size if snap_id == NOSNAP else self.snaps[snap_id].size
+
+    def flags_at(self, snap_id: int) -> int:
+        return self.flags if snap_id == NOSNAP else self.snaps[snap_id].flags
+
+    def overlap_at(self, snap_id: int) -> int:
+        """Bytes of the parent seen at this snapshot or HEAD; 0 when none."""
+        if not self.parent.exists:
+            return 0
+        overlap = self.parent_overlap if snap_id == NOSNAP else self.snaps[snap_id].parent_overlap
+        return overlap or 0
+
+
+def load(ctx: ObjectContext, image_id: str, *, read_only: bool) -> Header:
+    """ENOENT: no such image. ENOSYS: it uses a feature this library does not know. EINVAL, EBADMSG: damaged."""
+    oid = header_oid(image_id)
+    for _ in range(ATTEMPTS):
+        base = cls.read_header(ctx, oid, read_only)
+        if base.order not in range(12, 26):
+            raise OSError(errno.EINVAL, f"image {image_id}: object order {base.order} is not 12 to 25")
+        unknown = base.incompatible & ~ft.SUPPORTED
+        if unknown:
+            raise OSError(errno.ENOSYS, f"image {image_id} uses features this library lacks: {ft.to_string(unknown)}")
+        op_features = cls.op_features(ctx, oid) if base.features & ft.OPERATIONS else 0
+        unit, count = 1 << base.order, 1
+        if base.features & ft.STRIPINGV2:
+            unit, count = cls.stripe(ctx, oid)
+            if not unit or not count or (1 << base.order) % unit:
+                raise OSError(errno.EINVAL, f"image {image_id}: stripe unit {unit} does not divide its objects")
+        try:
+            snaps = cls.read_snapshots(ctx, oid, base.snapc.ids)
+        except OSError as failure:
+            if failure.errno != errno.ENOENT:
+                raise
+            ctx.stat(oid)
+            continue
+        return Header(
+            id=image_id,
+            order=base.order,
+            object_prefix=base.object_prefix,
+            data_pool_id=base.data_pool_id,
+            layout=Layout(base.order, unit, count),
+            size=base.size,
+            features=base.features,
+            incompatible=base.incompatible,
+            op_features=op_features,
+            flags=base.flags,
+            snapc=base.snapc,
+            snaps={snap.id: snap for snap in sorted(snaps, key=lambda row: row.id)},
+            parent=base.parent,
+            parent_overlap=base.parent_overlap,
+        )
+    raise OSError(errno.EAGAIN, f"image {image_id}: its snapshots change faster than they can be read")
+
+
+def image_id_of(ctx: ObjectContext, name: str) -> str:
+    """ENOENT: no image of that name."""
+    return cls.get_id(ctx, id_oid(name))
+
+
+__all__ = ["NO_PARENT", "Header", "ParentSpec", "SnapNamespace", "Snapshot", "header_oid", "id_oid", "load", "map_oid"]

@@ -1,0 +1,97 @@
+"""Building object maps from what exists, and comparing the two."""
+
+from __future__ import annotations
+
+import errno
+
+from librbd_py.store.api import NOSNAP, ListSnaps, SnapSet
+
+from . import features as ft
+from . import object_map
+from .directory import Progress
+from .handle import ImageHandle
+from .object_map import EXISTS, EXISTS_CLEAN, NONEXISTENT
+
+BOTH_INVALID = ft.FLAG_OBJECT_MAP_INVALID | ft.FLAG_FAST_DIFF_INVALID
+
+
+def version_at(snapset: SnapSet, snap_id: int) -> int | None:
+    """Which version of an object a snapshot (or HEAD) sees: a clone id, NOSNAP for the head; None: it did not exist."""
+    head = any(clone.clone_id == NOSNAP for clone in snapset.clones)
+    if snap_id == NOSNAP:
+        return NOSNAP if head else None
+    for clone in snapset.clones:
+        if clone.clone_id != NOSNAP and snap_id in clone.snaps:
+            return clone.clone_id
+    if head and snap_id > snapset.seq:
+        return NOSNAP
+    return None
+
+
+def snapset_of(handle: ImageHandle, objno: int) -> SnapSet | None:
+    """None: no version of the object exists."""
+    try:
+        found: SnapSet = handle.data_ctx.read(handle.objects.oid(objno), [ListSnaps()])[0]
+    except OSError as failure:
+        if failure.errno == errno.ENOENT:
+            return None
+        raise
+    return found
+
+
+def states_of(handle: ImageHandle, progress: Progress | None = None) -> dict[int, bytearray]:
+    """The maps of every snapshot and of HEAD (NOSNAP) as they should be. An object is clean when the same version
+    serves the snapshot before."""
+    header = handle.header
+    order = [*header.snaps, NOSNAP]
+    maps = {snap_id: bytearray(header.layout.objects(header.size_at(snap_id))) for snap_id in order}
+    total = max(len(states) for states in maps.values())
+    for objno in range(total):
+        if progress is not None:
+            progress(objno, total)
+        snapset = snapset_of(handle, objno)
+        if snapset is None:
+            continue
+        before: int | None = None
+        for snap_id in order:
+            version = version_at(snapset, snap_id)
+            if version is not None and objno < len(maps[snap_id]):
+                maps[snap_id][objno] = EXISTS_CLEAN if version == before else EXISTS
+            before = version
+    return maps
+
+
+def rebuild(handle: ImageHandle, progress: Progress | None = None) -> None:
+    """Writes all maps anew and clears the invalid flags. EINVAL: the image has none; EROFS."""
+    handle.require_writable()
+    if not handle.header.has(ft.OBJECT_MAP):
+        raise OSError(errno.EINVAL, "the image has no object map")
+    with handle.exclusive(), handle.quiesced():
+        for snap_id, states in states_of(handle, progress).items():
+            if snap_id == NOSNAP:
+                object_map.lock(handle.ctx, handle.id)
+            object_map.save(handle.ctx, handle.id, snap_id, states, locked=snap_id == NOSNAP)
+            object_map.set_flags(handle.ctx, handle.oid, snap_id, 0, BOTH_INVALID)
+        handle.refresh()
+        handle.take_map()
+    handle.announce()
+
+
+def differences(handle: ImageHandle) -> list[str]:
+    """Where the maps are wrong about existence, or call changed objects clean. For tests and `rbd object-map check`."""
+    header = handle.header
+    found = []
+    for snap_id, expected in states_of(handle).items():
+        if header.flags_at(snap_id) & ft.FLAG_OBJECT_MAP_INVALID:
+            continue
+        actual = object_map.load(handle.ctx, handle.id, snap_id)
+        where = "HEAD" if snap_id == NOSNAP else f"snapshot {snap_id}"
+        if len(actual) != len(expected):
+            found.append(f"{where}: {len(actual)} entries for {len(expected)} objects")
+        for objno, (is_state, should) in enumerate(zip(actual, expected, strict=False)):
+            exists = is_state in (EXISTS, EXISTS_CLEAN)
+            if exists != (should != NONEXISTENT):
+                found.append(f"{where}: object {objno} is {is_state}, should be {should}")
+            elif is_state == EXISTS_CLEAN and should == EXISTS:
+                found.append(f"{where}: object {objno} is called clean and was changed")
+    return found

@@ -1,0 +1,106 @@
+"""What RBD keeps per pool: namespaces, metadata, totals."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+from librbd_py.store.api import ObjectContext, OmapSet, WriteFull
+
+from . import cls
+from .cls import call, text, u8
+from .header import header_oid, load
+from .objects import exists, ignoring, remove
+
+VALIDATED = b"overwrite validated"
+
+
+def init(ctx: ObjectContext, *, force: bool = False) -> None:
+    """Marks the pool as one for RBD."""
+    if not exists(ctx, cls.INFO):
+        ctx.write(cls.INFO, [WriteFull(VALIDATED)])
+
+
+def namespace_create(ctx: ObjectContext, name: str) -> None:
+    """EINVAL: no name; EEXIST."""
+    if not name:
+        raise OSError(errno.EINVAL, "a namespace needs a name")
+    default = ctx.store.open(ctx.pool_id)
+    default.write(cls.NAMESPACES, [call("namespace_add", text(name))])
+    inside = ctx.store.open(ctx.pool_id, name)
+    inside.write(cls.DIRECTORY, [call("dir_state_set", u8(0))])
+
+
+def namespace_remove(ctx: ObjectContext, name: str) -> None:
+    """ENOENT; EBUSY: there are images or trash in it."""
+    if not name:
+        raise OSError(errno.EINVAL, "a namespace needs a name")
+    if name not in namespaces(ctx):
+        raise OSError(errno.ENOENT, f"no namespace {name!r}")
+    default = ctx.store.open(ctx.pool_id)
+    inside = ctx.store.open(ctx.pool_id, name)
+    if cls.trash_list(inside):
+        raise OSError(errno.EBUSY, f"namespace {name!r} has images in the trash")
+    with ignoring(errno.ENOENT):
+        inside.write(cls.DIRECTORY, [call("dir_state_set", u8(1))])
+    remove(inside, cls.DIRECTORY)
+    for oid in (cls.TRASH_OBJECT, cls.CHILDREN, cls.INFO):
+        remove(inside, oid)
+    default.write(cls.NAMESPACES, [call("namespace_remove", text(name))])
+
+
+def namespaces(ctx: ObjectContext) -> list[str]:
+    return cls.list_namespaces(ctx.store.open(ctx.pool_id))
+
+
+def metadata(ctx: ObjectContext) -> dict[str, str]:
+    try:
+        return {key: value.decode(errors="surrogateescape") for key, value in cls.metadata(ctx, cls.INFO).items()}
+    except OSError as failure:
+        if failure.errno == errno.ENOENT:
+            return {}
+        raise
+
+
+def metadata_set(ctx: ObjectContext, key: str, value: bytes) -> None:
+    if not exists(ctx, cls.INFO):
+        ctx.write(cls.INFO, [OmapSet({})])
+    ctx.exec(cls.INFO, "rbd", "metadata_set", cls.encode_metadata({key: value}))
+
+
+def metadata_get(ctx: ObjectContext, key: str) -> str:
+    """ENOENT."""
+    return cls.metadata_value(ctx, cls.INFO, key).decode(errors="surrogateescape")
+
+
+def metadata_remove(ctx: ObjectContext, key: str) -> None:
+    """ENOENT."""
+    cls.metadata_value(ctx, cls.INFO, key)
+    ctx.exec(cls.INFO, "rbd", "metadata_remove", text(key))
+
+
+@dataclass
+class Totals:
+    images: int = 0
+    provisioned: int = 0  # bytes of HEAD
+    max_provisioned: int = 0  # bytes of HEAD or the largest snapshot
+    snapshots: int = 0
+
+    def add(self, ctx: ObjectContext, image_id: str) -> None:
+        self.images += 1
+        if not exists(ctx, header_oid(image_id)):
+            return
+        header = load(ctx, image_id, read_only=True)
+        self.provisioned += header.size
+        self.max_provisioned += max([header.size, *(snap.size for snap in header.snaps.values())])
+        self.snapshots += len(header.snaps)
+
+
+def totals(ctx: ObjectContext) -> tuple[Totals, Totals]:
+    """Of the images and of the trash."""
+    images, trash = Totals(), Totals()
+    for image_id in cls.list_images(ctx).values():
+        images.add(ctx, image_id)
+    for image_id in cls.trash_list(ctx):
+        trash.add(ctx, image_id)
+    return images, trash

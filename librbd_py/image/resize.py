@@ -1,0 +1,130 @@
+"""Changing an image's size, and removing the data objects that fall off its end."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+from librbd_py.store.api import NOSNAP, Op, Remove, Truncate
+
+from . import features as ft
+from . import object_map
+from .cls import u64
+from .directory import Progress, check_size
+from .handle import ImageHandle
+from .object_map import NONEXISTENT
+from .objects import ignoring
+from .plain import EVERYTHING, ObjectMapKeeper, PlainData
+
+SCAN_LIMIT = 4096  # more objects than this are not tried one by one without a hint of which exist
+
+
+def resize(handle: ImageHandle, size: int, *, allow_shrink: bool = True, progress: Progress | None = None) -> None:
+    """EINVAL: too large, or smaller without `allow_shrink`; EROFS."""
+    with handle.exclusive() as header:
+        check_size(header.layout, size, header.features)
+        if size < header.size and not allow_shrink:
+            raise OSError(errno.EINVAL, f"the image has {header.size} bytes and may not shrink")
+        if size < header.size:
+            copyup_doomed(handle, size)
+            # From here on nobody writes beyond the new end.
+            with handle.quiesced():
+                handle.limit_size(size)
+            try:
+                trim(handle, size, progress)
+                set_size(handle, size)
+                resize_map(handle, size)
+            finally:
+                handle.limit_size(None)
+        else:
+            resize_map(handle, size)
+            set_size(handle, size)
+        with handle.quiesced(EVERYTHING):
+            handle.refresh()
+        if progress is not None and size >= header.size:
+            progress(header.layout.objects(size), header.layout.objects(size))
+    handle.announce()
+
+
+def set_size(handle: ImageHandle, size: int) -> None:
+    handle.ctx.exec(handle.oid, "rbd", "set_size", u64(size))
+
+
+def resize_map(handle: ImageHandle, size: int) -> None:
+    header = handle.refresh()
+    if header.has(ft.OBJECT_MAP):
+        try:
+            object_map.resize(handle.ctx, handle.id, header.layout.objects(size), locked=True)
+        except OSError as failure:
+            handle.map_failed(failure)
+        handle.take_map()
+
+
+def copyup_doomed(handle: ImageHandle, size: int) -> None:
+    """Snapshots of a clone see the parent below their own overlap, which is larger than HEAD's will be: objects that
+    lose their parent are copied up first, so that snapshots keep what they show."""
+    header = handle.header
+    overlap = header.overlap_at(NOSNAP)
+    if not header.snaps or overlap <= size:
+        return
+    layout = header.layout
+    for objno in range(layout.objects(overlap)):
+        if layout.used(objno, size) < layout.used(objno, overlap):
+            handle.data.copyup(objno)
+
+
+def trim(handle: ImageHandle, size: int, progress: Progress | None = None) -> None:
+    """Removes the data objects beyond `size` and cuts those at the edge. The header is left alone."""
+    header = handle.header
+    layout = header.layout
+    total = layout.objects(header.size)
+    keeper = map_keeper(handle)
+    for done, objno in enumerate(doomed(handle, size)):
+        kept = layout.used(objno, size)
+        ops: list[Op] = [Truncate(kept)] if kept else [Remove()]
+        if progress is not None:
+            progress(done, total)
+        if not kept:
+            keeper.pending(objno)
+        with ignoring(errno.ENOENT):
+            if kept:
+                handle.data_ctx.stat(handle.objects.oid(objno))
+            handle.data_ctx.write(handle.objects.oid(objno), ops, header.snapc)
+        if not kept:
+            keeper.gone(objno)
+
+
+def doomed(handle: ImageHandle, size: int) -> Iterator[int]:
+    """Objects that an image of `size` bytes uses less of than this one, without those known not to exist."""
+    header = handle.header
+    layout = header.layout
+    total = layout.objects(header.size)
+    first = (size // layout.period) * layout.stripe_count
+    known = known_states(handle)
+    if known is None and total - first > SCAN_LIMIT:
+        prefix = handle.objects.prefix + "."
+        present = [oid for oid in handle.data_ctx.objects() if oid.startswith(prefix)]
+        numbers = sorted(int(oid[len(prefix) :], 16) for oid in present)
+    else:
+        numbers = list(range(first, total))
+    for objno in numbers:
+        if objno < first or layout.used(objno, size) >= layout.used(objno, header.size):
+            continue
+        if known is None or objno >= len(known) or known[objno] != NONEXISTENT:
+            yield objno
+
+
+def known_states(handle: ImageHandle, snap_id: int = NOSNAP) -> bytearray | None:
+    """The object map if there is one and it can be believed."""
+    header = handle.header
+    if not header.has(ft.OBJECT_MAP) or header.flags_at(snap_id) & ft.FLAG_OBJECT_MAP_INVALID:
+        return None
+    try:
+        return object_map.load(handle.ctx, handle.id, snap_id)
+    except OSError:
+        return None
+
+
+def map_keeper(handle: ImageHandle) -> ObjectMapKeeper:
+    data = handle.data
+    return data.object_map if isinstance(data, PlainData) else ObjectMapKeeper()

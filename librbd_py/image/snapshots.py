@@ -1,0 +1,242 @@
+"""Snapshots: create, remove, rename, protect, roll back, limit."""
+
+from __future__ import annotations
+
+import errno
+import logging
+
+from librbd_py.store.api import NOSNAP, ObjectContext, Rollback
+
+from . import cls, object_map
+from . import features as ft
+from .cls import Snapshot, call, text, u8, u64
+from .directory import Progress
+from .handle import ImageHandle, announce
+from .header import PROTECTED, UNPROTECTED, UNPROTECTING, Header, ParentSpec
+from .object_map import EXISTS, NONEXISTENT
+from .objects import ignoring
+from .resize import resize
+
+UNLIMITED = (1 << 64) - 1
+ATTEMPTS = 16  # of a creation that lost the race for its id
+
+log = logging.getLogger("librbd_py.image")
+
+
+def find(header: Header, name: str) -> Snapshot:
+    """A user snapshot by name. ENOENT."""
+    snap = header.snap_named(name, cls.USER)
+    if snap is None:
+        raise OSError(errno.ENOENT, f"no snapshot named {name!r}")
+    return snap
+
+
+def by_id(header: Header, snap_id: int) -> Snapshot:
+    """ENOENT."""
+    if snap_id not in header.snaps:
+        raise OSError(errno.ENOENT, f"no snapshot {snap_id}")
+    return header.snaps[snap_id]
+
+
+def create(handle: ImageHandle, name: str, namespace: bytes = cls.USER_NAMESPACE) -> int:
+    """The id of the new snapshot. EEXIST; EDQUOT: as many as the image may have; EROFS."""
+    if handle.read_only:
+        raise OSError(errno.EROFS, "the image is open read-only")
+    with handle.at_head(), handle.exclusive() as header:
+        if namespace == cls.USER_NAMESPACE and header.snap_named(name, cls.USER) is not None:
+            raise OSError(errno.EEXIST, f"snapshot {name!r} exists")
+        with handle.quiesced():
+            snap_id = _add(handle, name, namespace)
+            _map_created(handle, snap_id)
+            handle.refresh()
+    handle.announce()
+    return snap_id
+
+
+def _add(handle: ImageHandle, name: str, namespace: bytes) -> int:
+    for _ in range(ATTEMPTS):
+        snap_id = handle.data_ctx.snap_create()
+        try:
+            handle.ctx.exec(handle.oid, "rbd", "snapshot_add", text(name) + u64(snap_id) + namespace)
+            return snap_id
+        except OSError as failure:
+            handle.data_ctx.snap_remove(snap_id)
+            if failure.errno != errno.ESTALE:
+                raise
+    raise OSError(errno.EAGAIN, "snapshot ids are taken faster than one can be used")
+
+
+def _map_created(handle: ImageHandle, snap_id: int) -> None:
+    if handle.header.has(ft.OBJECT_MAP):
+        try:
+            object_map.snap_create(handle.ctx, handle.id, snap_id)
+        except OSError as failure:
+            log.warning("image %s: no object map for snapshot %d: %s", handle.id, snap_id, failure)
+            both = ft.FLAG_OBJECT_MAP_INVALID | ft.FLAG_FAST_DIFF_INVALID
+            object_map.invalidate(handle.ctx, handle.oid, [snap_id, NOSNAP], both)
+        handle.take_map()
+
+
+def remove(handle: ImageHandle, snap_id: int) -> None:
+    """ENOENT; EBUSY: protected. With format v2 clones it moves to the trash and goes with the last of them; removing
+    it again is EBUSY then."""
+    with handle.exclusive() as header:
+        snap = by_id(header, snap_id)
+        if snap.protection != UNPROTECTED:
+            raise OSError(errno.EBUSY, f"snapshot {snap.name!r} is protected")
+        if snap.is_trash and snap.children:
+            raise OSError(errno.EBUSY, f"snapshot {snap.name!r} has clones")
+        if not snap.is_trash:
+            # In the trash nobody can clone it any more, so the children seen next are all there will be.
+            with ignoring(errno.EEXIST):
+                handle.ctx.exec(handle.oid, "rbd", "snapshot_trash_add", u64(snap_id))
+        snap = by_id(handle.refresh(), snap_id)
+        if not snap.children:
+            _remove_now(handle, snap)
+    handle.announce()
+
+
+def _remove_now(handle: ImageHandle, snap: Snapshot) -> None:
+    header = handle.header
+    if header.has(ft.OBJECT_MAP):
+        newer = min((other for other in header.snaps if other > snap.id), default=NOSNAP)
+        try:
+            object_map.snap_remove(handle.ctx, handle.id, snap.id, newer)
+        except OSError as failure:
+            log.warning("image %s: object map of snapshot %d: %s", handle.id, snap.id, failure)
+            object_map.invalidate(handle.ctx, handle.oid, [newer], ft.FLAG_FAST_DIFF_INVALID)
+        handle.take_map()
+    with handle.quiesced():
+        last_with_parent = header.parent.exists and not header.overlap_at(NOSNAP)
+        if last_with_parent and not any(other.parent_overlap for other in header.snaps.values() if other.id != snap.id):
+            # HEAD is flat already: with this snapshot goes the last need for the parent.
+            detach_child(handle, header.parent)
+        handle.ctx.exec(handle.oid, "rbd", "snapshot_remove", u64(snap.id))
+        handle.refresh()
+    handle.data_ctx.snap_remove(snap.id)
+
+
+def detach_child(handle: ImageHandle, parent: ParentSpec) -> None:
+    """Tells the parent that this image is no longer its clone; removes the parent's snapshot when it was only kept in
+    the trash for us."""
+    store = handle.store
+    child = cls.ChildSpec(handle.ctx.pool_id, handle.ctx.namespace, handle.id)
+    with ignoring(errno.ENOENT):
+        parent_ctx = store.open(parent.pool_id, parent.namespace)
+        if handle.header.op_features & ft.OP_CLONE_CHILD:
+            oid = f"rbd_header.{parent.image_id}"
+            with ignoring(errno.ENOENT):
+                parent_ctx.exec(oid, "rbd", "child_detach", u64(parent.snap_id) + cls.encode_child(child))
+            announce(parent_ctx, oid)
+            remove_trashed(parent_ctx, parent)
+        else:
+            key = cls.s64(parent.pool_id) + text(parent.image_id) + u64(parent.snap_id)
+            handle.ctx.exec(cls.CHILDREN, "rbd", "remove_child", key + text(handle.id))
+
+
+def remove_trashed(ctx: ObjectContext, parent: ParentSpec) -> None:
+    """Removes a snapshot that waited in the trash for its last clone to go. Failing to leaves it there."""
+    try:
+        snap = cls.read_snapshots(ctx, f"rbd_header.{parent.image_id}", [parent.snap_id])[0]
+        if snap.namespace.kind == cls.TRASH and not snap.children:
+            with ImageHandle.open(ctx, image_id=parent.image_id) as handle:
+                remove(handle, parent.snap_id)
+    except OSError as failure:
+        if failure.errno != errno.ENOENT:
+            log.warning("image %s: snapshot %d stays in the trash: %s", parent.image_id, parent.snap_id, failure)
+
+
+def rename(handle: ImageHandle, snap_id: int, name: str) -> None:
+    """ENOENT, EEXIST, EROFS."""
+    if handle.read_only:
+        raise OSError(errno.EROFS, "the image is open read-only")
+    by_id(handle.header, snap_id)
+    if handle.header.snap_named(name, cls.USER) is not None:
+        raise OSError(errno.EEXIST, f"snapshot {name!r} exists")
+    handle.ctx.exec(handle.oid, "rbd", "snapshot_rename", u64(snap_id) + text(name))
+    handle.changed()
+
+
+def protect(handle: ImageHandle, name: str) -> None:
+    """ENOENT; EBUSY: it is; ENOSYS: no layering; EROFS."""
+    if handle.read_only:
+        raise OSError(errno.EROFS, "the image is open read-only")
+    snap = find(handle.header, name)
+    if not handle.header.has(ft.LAYERING):
+        raise OSError(errno.ENOSYS, "the image has no layering")
+    if snap.protection == PROTECTED:
+        raise OSError(errno.EBUSY, f"snapshot {name!r} is protected")
+    _set_protection(handle, snap.id, PROTECTED)
+    handle.changed()
+
+
+def unprotect(handle: ImageHandle, name: str) -> None:
+    """ENOENT; EINVAL: it is not protected; EBUSY: it has format v1 clones; EROFS."""
+    if handle.read_only:
+        raise OSError(errno.EROFS, "the image is open read-only")
+    snap = find(handle.header, name)
+    if snap.protection == UNPROTECTED:
+        raise OSError(errno.EINVAL, f"snapshot {name!r} is not protected")
+    _set_protection(handle, snap.id, UNPROTECTING)
+    if v1_children(handle, snap.id):
+        _set_protection(handle, snap.id, PROTECTED)
+        handle.changed()
+        raise OSError(errno.EBUSY, f"snapshot {name!r} has clones")
+    _set_protection(handle, snap.id, UNPROTECTED)
+    handle.changed()
+
+
+def _set_protection(handle: ImageHandle, snap_id: int, status: int) -> None:
+    handle.ctx.exec(handle.oid, "rbd", "set_protection_status", u64(snap_id) + u8(status))
+
+
+def v1_children(handle: ImageHandle, snap_id: int) -> list[cls.ChildSpec]:
+    """Format v1 clones of a snapshot, from the back references of every pool."""
+    spec = ParentSpec(handle.ctx.pool_id, handle.ctx.namespace, handle.id, snap_id)
+    out = []
+    for pool in handle.store.pools():
+        with ignoring(errno.ENOENT):
+            ctx = handle.store.open(pool.pool_id)
+            out += [cls.ChildSpec(pool.pool_id, "", image_id) for image_id in cls.v1_children(ctx, spec)]
+    return out
+
+
+def rollback(handle: ImageHandle, snap_id: int, progress: Progress | None = None) -> None:
+    """HEAD becomes what the snapshot holds, its size included. ENOENT, EROFS."""
+    with handle.exclusive() as header:
+        snap = by_id(header, snap_id)
+        if snap.size != header.size:
+            resize(handle, snap.size)
+        header = handle.header
+        total = header.layout.objects(snap.size)
+        with handle.quiesced():
+            for objno in range(total):
+                if progress is not None:
+                    progress(objno, total)
+                with ignoring(errno.ENOENT):
+                    handle.data_ctx.write(handle.objects.oid(objno), [Rollback(snap_id)], header.snapc)
+            _map_rolled_back(handle, snap_id)
+    handle.announce()
+
+
+def _map_rolled_back(handle: ImageHandle, snap_id: int) -> None:
+    """Existence is the snapshot's. Nothing may be called clean: what is clean in the snapshot's map is clean against
+    the snapshot before it, not against the newest."""
+    header = handle.header
+    if not header.has(ft.OBJECT_MAP):
+        return
+    try:
+        states = object_map.load(handle.ctx, handle.id, snap_id)
+        count = header.layout.objects(header.size)
+        present = bytes(NONEXISTENT if state == NONEXISTENT else EXISTS for state in states[:count])
+        object_map.save(handle.ctx, handle.id, NOSNAP, present + bytes(count - len(present)), locked=True)
+    except OSError as failure:
+        handle.map_failed(failure)
+    handle.take_map()
+
+
+def set_limit(handle: ImageHandle, limit: int) -> None:
+    """How many snapshots the image may have; UNLIMITED takes the limit away. ERANGE: it has more already."""
+    if handle.read_only:
+        raise OSError(errno.EROFS, "the image is open read-only")
+    handle.ctx.write(handle.oid, [call("snapshot_set_limit", u64(limit))])

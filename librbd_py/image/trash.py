@@ -1,0 +1,106 @@
+"""The trash of a pool: images out of the directory that still exist, and the removal of images."""
+
+from __future__ import annotations
+
+import errno
+import time
+
+from librbd_py.store.api import NOSNAP, ObjectContext, WriteFull
+
+from . import cls
+from . import features as ft
+from .cls import text
+from .directory import Progress, check_removable, require_free, require_name
+from .handle import ImageHandle
+from .header import header_oid, id_oid, map_oid
+from .objects import exists, ignoring, remove
+from .resize import trim
+
+SOURCE_NAMES = ("USER", "MIRRORING", "MIGRATION", "REMOVING", "USER_PARENT")
+
+
+def move_to_trash(handle: ImageHandle, source: int, delay: float) -> None:
+    """Takes the image out of the directory. The caller owns it (`handle.exclusive`)."""
+    ctx, image_id, name = handle.ctx, handle.id, handle.name
+    now = time.time()
+    cls.trash_add(ctx, image_id, cls.TrashSpec(source, name, now, now + delay, cls.STATE_MOVING))
+    remove(ctx, id_oid(name))
+    with ignoring(errno.ENOENT):
+        ctx.exec(cls.DIRECTORY, "rbd", "dir_remove_image", text(name) + text(image_id))
+    cls.trash_state(ctx, image_id, cls.STATE_NORMAL, cls.STATE_MOVING)
+
+
+def move(ctx: ObjectContext, name: str, delay: float = 0) -> None:
+    """ENOENT."""
+    with ImageHandle.open(ctx, name) as handle:
+        with handle.exclusive():
+            if cls.group_of(ctx, handle.oid)[0] != -1:
+                raise OSError(errno.EMLINK, f"image {name} belongs to a group")
+            move_to_trash(handle, cls.TRASH_USER, delay)
+
+
+def restore(ctx: ObjectContext, image_id: str, name: str | None = None) -> None:
+    """Back under its old name or a new one. ENOENT: not in the trash; EEXIST; EINVAL: it is being removed."""
+    spec = cls.trash_get(ctx, image_id)
+    if spec.source in (cls.TRASH_REMOVING, cls.TRASH_MIGRATION):
+        raise OSError(errno.EINVAL, f"image {image_id} is being removed")
+    name = name or spec.name
+    require_name(name)
+    require_free(ctx, name)
+    cls.trash_state(ctx, image_id, cls.STATE_RESTORING, spec.state)
+    ctx.write(id_oid(name), [WriteFull(text(image_id))])
+    with ignoring(errno.EEXIST):
+        ctx.write(cls.DIRECTORY, [cls.call("dir_add_image", text(name), text(image_id))])
+    cls.trash_forget(ctx, image_id)
+
+
+def remove_from_trash(
+    ctx: ObjectContext, image_id: str, *, force: bool = False, progress: Progress | None = None
+) -> None:
+    """ENOENT; EPERM: its time has not come and not `force`; ENOTEMPTY, EBUSY as for images. Finishes interrupted
+    removals."""
+    spec = cls.trash_get(ctx, image_id)
+    if spec.deferment_end > time.time() and not force:
+        raise OSError(errno.EPERM, f"image {image_id} is kept until its time has come")
+    if spec.state not in (cls.STATE_NORMAL, cls.STATE_REMOVING):
+        raise OSError(errno.EBUSY, f"image {image_id} is being moved or restored")
+    if exists(ctx, header_oid(image_id)):
+        with ImageHandle.open(ctx, image_id=image_id) as handle, handle.exclusive():
+            check_removable(handle)
+            cls.trash_state(ctx, image_id, cls.STATE_REMOVING, spec.state)
+            finish_removal(handle, progress)
+    else:
+        remove(ctx, map_oid(image_id))
+    cls.trash_forget(ctx, image_id)
+
+
+def finish_removal(handle: ImageHandle, progress: Progress | None) -> None:
+    """Data, parent link, header, object map. The image is in the trash and owned; afterwards only its trash entry is
+    left."""
+    from .flatten import detach
+
+    ctx = handle.ctx
+    trim(handle, 0, progress)
+    if handle.refresh().parent.exists:
+        detach(handle)
+    has_map = handle.header.has(ft.OBJECT_MAP)
+    handle.forget_map()
+    if has_map:
+        remove(ctx, map_oid(handle.id, NOSNAP))
+    remove(ctx, header_oid(handle.id))
+
+
+def entries(ctx: ObjectContext) -> dict[str, cls.TrashSpec]:
+    """id -> record; images that are just being removed are not shown."""
+    return {
+        image_id: spec
+        for image_id, spec in cls.trash_list(ctx).items()
+        if spec.source != cls.TRASH_REMOVING and spec.state != cls.STATE_REMOVING
+    }
+
+
+def purge(ctx: ObjectContext, before: float) -> None:
+    """Removes everything whose time came before `before` (seconds since 1970). ENOTEMPTY as for images."""
+    for image_id, spec in cls.trash_list(ctx).items():
+        if spec.deferment_end < before:
+            remove_from_trash(ctx, image_id, force=True)

@@ -1,0 +1,203 @@
+"""What the `rbd` face gives back where there are many: iterables (not iterators) of dicts or tuples, as Ceph's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from librbd_py import errors
+from librbd_py.errors import rbd_errors
+from librbd_py.image import clones, directory, locks, metadata, pool, trash
+from librbd_py.image.cls import GROUP, MIRROR, TRASH
+from librbd_py.store.api import NOSNAP
+
+from .common import context, moment
+
+if TYPE_CHECKING:
+    from .image import Image
+
+
+class _Rows:
+    """Filled when made; may be walked any number of times."""
+
+    def __init__(self) -> None:
+        self._rows: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._rows
+
+
+class ImageIterator(_Rows):
+    """id and name of the images of a pool, by name."""
+
+    def __init__(self, ioctx: Any) -> None:
+        super().__init__()
+        with rbd_errors("error listing images"):
+            listed = directory.list_images(context(ioctx))
+        self._rows = [{"id": image_id, "name": name} for name, image_id in listed.items()]
+
+
+class SnapIterator(_Rows):
+    """id, size, name, namespace of an image's snapshots, by id; `trash` for those in the trash."""
+
+    def __init__(self, image: Image) -> None:
+        super().__init__()
+        with rbd_errors(f"error listing snapshots for image {image.label}"):
+            for snap in image.handle.header.snaps.values():
+                row: dict[str, Any] = {
+                    "id": snap.id,
+                    "size": snap.size,
+                    "name": snap.name,
+                    "namespace": snap.namespace.kind,
+                }
+                if snap.namespace.kind == TRASH:
+                    row["trash"] = {"original_name": snap.namespace.original_name}
+                elif snap.namespace.kind in (GROUP, MIRROR):
+                    row["group" if snap.namespace.kind == GROUP else "mirror"] = {}
+                self._rows.append(row)
+
+
+class ChildIterator(_Rows):
+    """pool, pool_namespace, image, id, trash of clones of the image, or of the snapshot it is set to."""
+
+    def __init__(self, image: Image, descendants: bool = False) -> None:
+        super().__init__()
+        handle = image.handle
+        snap_id = None if handle.snap_id == NOSNAP else handle.snap_id
+        with rbd_errors(f"error listing children for image {image.label}"):
+            find = clones.descendants_of if descendants else clones.children_of
+            for spec in find(handle, snap_id):
+                child = clones.describe(handle, spec)
+                self._rows.append(
+                    {
+                        "pool": child.pool,
+                        "pool_namespace": child.namespace,
+                        "image": child.name,
+                        "id": child.id,
+                        "trash": child.trash,
+                    }
+                )
+
+
+class MetadataIterator(_Rows):
+    """(key, value) of an image, by key."""
+
+    def __init__(self, image: Image) -> None:
+        super().__init__()
+        self._image = image
+        self.get_next_chunk()
+
+    def get_next_chunk(self) -> None:
+        with rbd_errors(f"error listing metadata for image {self._image.label}"):
+            self._rows = list(metadata.items(self._image.handle).items())
+
+
+class LockOwnerIterator(_Rows):
+    """mode and owner (address) of the exclusive lock."""
+
+    def __init__(self, image: Image) -> None:
+        super().__init__()
+        with rbd_errors(f"error listing lock owners for image {image.label}"):
+            self._rows = [{"mode": 0, "owner": owner} for owner in locks.owners(image.handle)]
+
+
+class WatcherIterator(_Rows):
+    """addr, id and cookie of everybody who has the image open read-write."""
+
+    def __init__(self, image: Image) -> None:
+        super().__init__()
+        with rbd_errors(f"error listing watchers for image {image.label}"):
+            self._rows = [
+                {"addr": row.address, "id": row.gid, "cookie": row.cookie} for row in locks.watchers(image.handle)
+            ]
+
+
+class TrashIterator(_Rows):
+    """id, name, source, deletion_time, deferment_end_time of the images in a pool's trash."""
+
+    def __init__(self, ioctx: Any) -> None:
+        super().__init__()
+        with rbd_errors("error listing trash entries"):
+            listed = trash.entries(context(ioctx))
+        self._rows = [trash_row(image_id, spec) for image_id, spec in listed.items()]
+
+
+def trash_row(image_id: str, spec: Any) -> dict[str, Any]:
+    return {
+        "id": image_id,
+        "name": spec.name,
+        "source": trash.SOURCE_NAMES[spec.source] if spec.source < len(trash.SOURCE_NAMES) else "UNKNOWN",
+        "deletion_time": moment(spec.deletion_time),
+        "deferment_end_time": moment(spec.deferment_end),
+    }
+
+
+class PoolMetadataIterator(_Rows):
+    """(key, value) of a pool."""
+
+    def __init__(self, ioctx: Any) -> None:
+        super().__init__()
+        self._ioctx = ioctx
+        self.get_next_chunk()
+
+    def get_next_chunk(self) -> None:
+        with rbd_errors("error listing metadata"):
+            self._rows = list(pool.metadata(context(self._ioctx)).items())
+
+
+class ConfigImageIterator(_Rows):
+    """name, value, source of the configuration overrides of an image."""
+
+    def __init__(self, image: Image) -> None:
+        super().__init__()
+        with rbd_errors("error listing config options"):
+            self._rows = config_rows(metadata.items(image.handle), 2)
+
+
+class ConfigPoolIterator(_Rows):
+    """name, value, source of the configuration overrides of a pool."""
+
+    def __init__(self, ioctx: Any) -> None:
+        super().__init__()
+        with rbd_errors("error listing config options"):
+            self._rows = config_rows(pool.metadata(context(ioctx)), 1)
+
+
+def config_rows(values: dict[str, str], source: int) -> list[dict[str, Any]]:
+    prefix = metadata.CONFIG_PREFIX
+    return [
+        {"name": key[len(prefix) :], "value": value, "source": source}
+        for key, value in values.items()
+        if key.startswith(prefix)
+    ]
+
+
+class _Unsupported:
+    """Names of Ceph's module for things this library does not have yet."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        raise errors.rbd.FunctionNotSupported(f"{type(self).__name__} is not supported", 38)
+
+
+class GroupImageIterator(_Unsupported):
+    pass
+
+
+class GroupSnapIterator(_Unsupported):
+    pass
+
+
+class MirrorImageInfoIterator(_Unsupported):
+    pass
+
+
+class MirrorImageInstanceIdIterator(_Unsupported):
+    pass
+
+
+class MirrorImageStatusIterator(_Unsupported):
+    pass
+
+
+class MirrorPeerIterator(_Unsupported):
+    pass
