@@ -23,6 +23,8 @@ from librbd_py.control import watch as wt
 from librbd_py.control import wire
 from librbd_py.control.lock_events import Locker
 from librbd_py.control.pool import Timer, control_pool
+from librbd_py.format import notify as nf
+from librbd_py.format.encoding import DecodeError
 from librbd_py.store.api import ObjectContext, Watch
 
 NOTIFY_MS = 5000  # how long a notify waits for a silent watcher
@@ -51,8 +53,11 @@ class ControlCallbacks(Protocol):
     def lost(self, failure: OSError) -> None:
         """Fenced (ESHUTDOWN) or the image is gone (ENOENT): fail everything from now on. Called at most once."""
 
-    def peer_op(self, message: wire.PeerMessage) -> int | None:
-        """A proxied operation, progress or completion from a peer. The result to ack (0 or -errno); None: not ours."""
+    def peer_op(self, message: nf.Message) -> int | None:
+        """A proxied operation (asked of the owner only), progress, completion or quiesce from a peer.
+
+        Returns what to ack, 0 or -errno; None says that it is not supported.
+        """
 
 
 class HeaderControl:
@@ -207,23 +212,23 @@ class HeaderControl:
 
     def _notified(self, notify_id: int, notifier: int, cookie: int, payload: bytes) -> bytes | None:
         try:
-            message = wire.decode(payload)
-        except (ValueError, OSError):
-            log.warning("%s: a notify of client %d cannot be read", self.header_oid, notifier)
+            message = nf.decode(payload)
+        except DecodeError as problem:
+            log.warning("%s: a notify of client %d cannot be read: %s", self.header_oid, notifier, problem)
             return b""
         match message:
-            case wire.HeaderUpdate():
+            case nf.HeaderUpdate():
                 self._header_changed()
-                return wire.response(0)
-            case wire.AcquiredLock(gid, handle):
-                self._lock_event(le.PeerAcquired(gid, handle))
+                return nf.encode_response(0)
+            case nf.AcquiredLock(client):
+                self._lock_event(le.PeerAcquired(client.gid, client.handle))
                 return b""
-            case wire.ReleasedLock():
+            case nf.ReleasedLock():
                 self._lock_event(le.PeerReleased())
                 return b""
-            case wire.RequestLock():
+            case nf.RequestLock():
                 result = self._lock_event(le.PeerRequested())
-                return b"" if result is None else wire.response(-result)
+                return b"" if result is None else nf.encode_response(-result)
         if wire.asks_owner(message) and not self._lock.owning:
             return b""
         self._submit(partial(self._peer_op, message, notify_id, cookie))
@@ -250,13 +255,15 @@ class HeaderControl:
             self._callbacks.header_updated()
         return []
 
-    def _peer_op(self, message: wire.PeerMessage, notify_id: int, cookie: int) -> list[Job]:
+    def _peer_op(self, message: nf.Message, notify_id: int, cookie: int) -> list[Job]:
         """Progress and completion are acked empty; requests non-empty, and by the owner alone."""
         try:
             result = self._callbacks.peer_op(message)
         except OSError as failure:
             result = -(failure.errno or errno.EIO)
-        payload = wire.response(-errno.EOPNOTSUPP if result is None else result) if wire.wants_result(message) else b""
+        payload = (
+            nf.encode_response(-errno.EOPNOTSUPP if result is None else result) if wire.wants_result(message) else b""
+        )
         try:
             self.ctx.notify_ack(self.header_oid, notify_id, cookie, payload)
         except OSError as failure:

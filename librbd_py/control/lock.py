@@ -52,9 +52,8 @@ from librbd_py.control.lock_events import (
     Unlock,
     WatchDown,
     WatchUp,
-    cookie_of,
-    handle_of,
 )
+from librbd_py.format.lock import auto_cookie, parse_auto_cookie
 
 RESEND_SECONDS = 10.0  # the owner said yes and nothing happened: twice librbd's notify timeout
 REFUSED_SECONDS = 1.0  # the owner answered with an error that is not final
@@ -343,7 +342,7 @@ class LockMachine:
         self._seen = done.value
         owner = self._seen.owner
         self.cookie = None
-        cookie = cookie_of(self.handle_now)
+        cookie = auto_cookie(self.handle_now)
         if self._seen.foreign:
             self._refuse(errno.EBUSY)
         elif owner is None:
@@ -369,7 +368,7 @@ class LockMachine:
     def _locked(self, done: Done) -> None:
         assert self.cookie is not None
         if done.errno in (0, errno.EEXIST):
-            if self.wanted and self.handle_now is not None and cookie_of(self.handle_now) == self.cookie:
+            if self.wanted and self.handle_now is not None and auto_cookie(self.handle_now) == self.cookie:
                 self._do(S.POST_ACQUIRING, RunPostAcquire)
             else:
                 self._start_unlock_unused(self.cookie)
@@ -454,7 +453,7 @@ class LockMachine:
         self.wanted = False
         self._backoff = BACKOFF_SECONDS[0]
         self._go(S.LOCKED)
-        handle = handle_of(self.cookie)
+        handle = parse_auto_cookie(self.cookie)
         assert handle is not None
         self._out += [Acquired(), AnnounceAcquired(handle)]
         self._rest()
@@ -469,7 +468,7 @@ class LockMachine:
 
     def _renew(self) -> None:
         assert self.cookie is not None
-        if self.handle_now is not None and cookie_of(self.handle_now) != self.cookie:
+        if self.handle_now is not None and auto_cookie(self.handle_now) != self.cookie:
             self._do(S.RELOCK_LOOKING, Look)
 
     def _still_ours(self, done: Done) -> bool:
@@ -496,7 +495,7 @@ class LockMachine:
             self._go(S.LOCKED)  # without a watch the old cookie stands until there is one
             self._rest()
         else:
-            old, new = self.cookie, cookie_of(self.handle_now)
+            old, new = self.cookie, auto_cookie(self.handle_now)
             assert old is not None
             if old == new:
                 self._relock_finished()
@@ -530,7 +529,7 @@ class LockMachine:
         assert self.cookie is not None
         self._pending = None
         self._go(S.LOCKED)
-        handle = handle_of(self.cookie)
+        handle = parse_auto_cookie(self.cookie)
         assert handle is not None
         self._out.append(AnnounceAcquired(handle))
         self._rest()
@@ -564,7 +563,7 @@ class LockMachine:
             self._unlock(self.cookie)
         elif done.errno in (0, errno.ENOENT):
             self._pending = None
-            handle = handle_of(self.cookie)
+            handle = parse_auto_cookie(self.cookie)
             assert handle is not None
             self._do(S.ANNOUNCING, lambda op: AnnounceReleased(op, handle))
             self.cookie = None

@@ -7,20 +7,6 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-COOKIE_PREFIX = "auto "
-
-
-def cookie_of(handle: int) -> str:
-    return f"{COOKIE_PREFIX}{handle}"
-
-
-def handle_of(cookie: str) -> int | None:
-    """The watch handle a lock cookie quotes, or None when the lock is not of the automatic kind."""
-    digits = cookie.removeprefix(COOKIE_PREFIX)
-    if digits == cookie or not digits.isascii() or not digits.isdigit() or len(digits) > 20:
-        return None
-    return int(digits)
-
 
 @dataclass(frozen=True)
 class Locker:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from librbd_py.control import lock_events as le
 from librbd_py.control import watch as wt
 from librbd_py.control.lock import LockMachine
-from librbd_py.control.lock_events import LockState, cookie_of
+from librbd_py.control.lock_events import LockState
+from librbd_py.format.lock import auto_cookie
 
 WRITING = frozenset(
     {
@@ -302,7 +303,7 @@ class World:
                     return 0, None
                 return (errno.EEXIST if mine and self.owner.cookie == cookie else errno.EBUSY), None
             case le.CheckOwner(_, owner):
-                watched = {(cookie_of(handle), where) for (_, handle), where in self.watchers.items()}
+                watched = {(auto_cookie(handle), where) for (_, handle), where in self.watchers.items()}
                 return 0, (owner.cookie, owner.address) in watched
             case le.Blocklist(_, address):
                 # One that loses its watch may be taken for dead; one that never did must not.
@@ -382,7 +383,7 @@ class World:
                 raise Violation(f"client {client.gid} waits for ever in {client.lock.state}: {waits}")
             if client.lost:
                 continue
-            fresh = le.Locker(client.gid, cookie_of(client.watch.watch or 0), client.address)
+            fresh = le.Locker(client.gid, auto_cookie(client.watch.watch or 0), client.address)
             if client.lock.owning and (self.owner != fresh or client.lock.cookie != fresh.cookie):
                 raise Violation(f"{fresh} should hold the lock, not {self.owner}")
             if self.owner is not None and self.owner.gid == client.gid and not client.lock.owning:

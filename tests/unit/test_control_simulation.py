@@ -10,7 +10,8 @@ from control_world import CALM, Chances, Violation, World
 
 from librbd_py.control import lock_events as le
 from librbd_py.control.lock import ANSWERS, LockMachine
-from librbd_py.control.lock_events import LockState, cookie_of
+from librbd_py.control.lock_events import LockState
+from librbd_py.format.lock import auto_cookie
 
 STEPS = 5000
 SEEDS = range(44)
@@ -57,7 +58,7 @@ def owns_without_the_stores_word(machine: LockMachine, done: le.Done) -> None:
 
 
 def forgets_to_read_the_lock_under_a_new_watch(machine: LockMachine, done: le.Done) -> None:
-    machine.cookie = machine._pending = cookie_of(machine.handle_now or 0)
+    machine.cookie = machine._pending = auto_cookie(machine.handle_now or 0)
     machine.state = LockState.RELOCKING
     machine._relock_finished()
 
