@@ -57,3 +57,8 @@ __attribute__((weak)) int rbdn_layout_check(rbdn_store *s, char *text, size_t si
 __attribute__((weak)) void event_post(int type, uint64_t source, int64_t value) { }
 __attribute__((weak)) void image_get(struct image *i, struct image_user *u) { }
 __attribute__((weak)) void image_put(struct image *i, struct image_user *u) { }
+__attribute__((weak)) void image_submit(struct image *i, struct req *r) { r->result = -ENOSYS; r->done(r); }
+__attribute__((weak)) uint64_t image_size(struct image *i) { return 0; }
+__attribute__((weak)) bool image_read_only(struct image *i) { return true; }
+__attribute__((weak)) uint32_t image_object_size(struct image *i) { return 0; }
+__attribute__((weak)) int image_runs(struct image *i, uint64_t off, uint64_t len, struct run *r, uint32_t max) { return -ENOSYS; }
