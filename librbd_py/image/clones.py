@@ -6,14 +6,17 @@ import errno
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from librbd_py.format import features as ft
+from librbd_py.format import header as fh
+from librbd_py.format import names
+from librbd_py.format.header import ChildImageSpec, ParentImageSpec
 from librbd_py.store.api import ObjectContext
 
 from . import cls
-from . import features as ft
-from .cls import ChildSpec, call, text, u64
+from .cls import call, text, u64
 from .directory import DEFAULTS, CreateOptions, create, remove_image, require_free, require_name
 from .handle import ImageHandle, announce, name_by_id
-from .header import PROTECTED, Header, ParentSpec, header_oid
+from .header import Header, header_oid
 from .objects import ignoring
 from .snapshots import v1_children
 
@@ -50,7 +53,7 @@ def clone(
         header = parent.header
         if not header.has(ft.LAYERING):
             raise OSError(errno.EINVAL, f"image {parent_name} has no layering")
-        if clone_format == 1 and header.snaps[parent.snap_id].protection != PROTECTED:
+        if clone_format == 1 and header.snaps[parent.snap_id].protection != fh.PROTECTION_PROTECTED:
             raise OSError(errno.EINVAL, f"snapshot {snap_name!r} is not protected")
         require_free(ctx, name)
         if clone_format == 1 and (parent_ctx.namespace or ctx.namespace):
@@ -82,52 +85,52 @@ def inherited(header: Header, options: CreateOptions) -> CreateOptions:
 def attach(parent: ImageHandle, ctx: ObjectContext, image_id: str, clone_format: int) -> None:
     """Ties a new, empty image to the snapshot `parent` is open at."""
     header = parent.header
-    spec = ParentSpec(parent.ctx.pool_id, parent.ctx.namespace, parent.id, parent.snap_id)
+    spec = ParentImageSpec(parent.ctx.pool_id, parent.ctx.namespace, parent.id, parent.snap_id)
     size = header.size_at(parent.snap_id)
     oid = header_oid(image_id)
     if size:
-        ctx.write(oid, [call("parent_attach", cls.encode_parent(spec), u64(size))])
+        ctx.write(oid, [call("parent_attach", cls.encoded(spec), u64(size))])
     metadata = cls.metadata(parent.ctx, parent.oid)
     if metadata:
         ctx.exec(oid, "rbd", "metadata_set", cls.encode_metadata(metadata))
     if not size:
         return
     if clone_format == 1:
-        key = cls.s64(spec.pool_id) + text(spec.image_id) + u64(spec.snap_id)
-        ctx.exec(cls.CHILDREN, "rbd", "add_child", key + text(image_id))
-        if cls.protection(parent.ctx, parent.oid, spec.snap_id) != PROTECTED:
+        key = cls.parent_key(spec)
+        ctx.exec(names.CHILDREN, "rbd", "add_child", key + text(image_id))
+        if cls.protection(parent.ctx, parent.oid, spec.snap_id) != fh.PROTECTION_PROTECTED:
             raise OSError(errno.EINVAL, "the snapshot is no longer protected")
         return
     ctx.exec(oid, "rbd", "op_features_set", u64(ft.OP_CLONE_CHILD) + u64(ft.OP_CLONE_CHILD))
-    child = ChildSpec(ctx.pool_id, ctx.namespace, image_id)
-    parent.ctx.exec(parent.oid, "rbd", "child_attach", u64(spec.snap_id) + cls.encode_child(child))
+    child = ChildImageSpec(ctx.pool_id, image_id, ctx.namespace)
+    parent.ctx.exec(parent.oid, "rbd", "child_attach", u64(spec.snap_id) + cls.encoded(child))
     with ignoring(errno.ENOENT):
         announce(parent.ctx, parent.oid)
 
 
-def children_of(handle: ImageHandle, snap_id: int | None = None) -> list[ChildSpec]:
+def children_of(handle: ImageHandle, snap_id: int | None = None) -> list[ChildImageSpec]:
     """Clones of one snapshot, or of all: ascending by pool, namespace and id, without doubles."""
     header = handle.header
-    found: set[ChildSpec] = set()
+    found: set[ChildImageSpec] = set()
     for number in header.snaps if snap_id is None else [snap_id]:
         found.update(cls.children(handle.ctx, handle.oid, number))
         found.update(v1_children(handle, number))
-    return sorted(found)
+    return sorted(found, key=lambda child: child.sort_key)
 
 
-def describe(handle: ImageHandle, child: ChildSpec) -> Child:
-    ctx = handle.store.open(child.pool_id, child.namespace)
+def describe(handle: ImageHandle, child: ChildImageSpec) -> Child:
+    ctx = handle.store.open(child.pool_id, child.pool_namespace)
     pool = next((row.name for row in handle.store.pools() if row.pool_id == child.pool_id), "")
     trashed = False
     with ignoring(errno.ENOENT):
         cls.trash_get(ctx, child.image_id)
         trashed = True
-    return Child(pool, child.namespace, name_by_id(ctx, child.image_id), child.image_id, trashed)
+    return Child(pool, child.pool_namespace, name_by_id(ctx, child.image_id), child.image_id, trashed)
 
 
-def descendants_of(handle: ImageHandle, snap_id: int | None = None) -> Iterator[ChildSpec]:
+def descendants_of(handle: ImageHandle, snap_id: int | None = None) -> Iterator[ChildImageSpec]:
     """Clones, their clones and so on."""
-    seen: set[ChildSpec] = set()
+    seen: set[ChildImageSpec] = set()
     queue = children_of(handle, snap_id)
     while queue:
         child = queue.pop(0)
@@ -136,6 +139,6 @@ def descendants_of(handle: ImageHandle, snap_id: int | None = None) -> Iterator[
         seen.add(child)
         yield child
         with ignoring(errno.ENOENT):
-            ctx = handle.store.open(child.pool_id, child.namespace)
+            ctx = handle.store.open(child.pool_id, child.pool_namespace)
             with ImageHandle.open(ctx, image_id=child.image_id, read_only=True) as opened:
                 queue += children_of(opened)

@@ -6,52 +6,18 @@ Every function may raise what the store raises: ENOENT for a missing object, the
 from __future__ import annotations
 
 import errno
-import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from librbd_py.format import header as fh
+from librbd_py.format import names
+from librbd_py.format.encoding import Decoder, Encoder, Time
+from librbd_py.format.trash import TrashImageSpec
 from librbd_py.store.api import NOSNAP, Create, Exec, ObjectContext, Op, SnapContext
 
-USER, GROUP, TRASH, MIRROR = range(4)  # snapshot namespaces
-TRASH_USER, TRASH_MIRRORING, TRASH_MIGRATION, TRASH_REMOVING, TRASH_USER_PARENT = range(5)
-STATE_NORMAL, STATE_MOVING, STATE_REMOVING, STATE_RESTORING = range(4)
+T = TypeVar("T")
 PAGE = 1024  # rows per listing call
-
-DIRECTORY = "rbd_directory"
-CHILDREN = "rbd_children"
-TRASH_OBJECT = "rbd_trash"
-NAMESPACES = "rbd_namespace"
-INFO = "rbd_info"
-
-
-@dataclass(frozen=True)
-class SnapNamespace:
-    kind: int = USER
-    original_name: str = ""  # trash
-    original_kind: int = USER  # trash
-    raw: bytes = b""  # the encoded form
-
-
-@dataclass(frozen=True)
-class ParentSpec:
-    pool_id: int
-    namespace: str
-    image_id: str
-    snap_id: int
-
-    @property
-    def exists(self) -> bool:
-        return self.pool_id >= 0 and bool(self.image_id) and self.snap_id != NOSNAP
-
-
-NO_PARENT = ParentSpec(-1, "", "", NOSNAP)
-
-
-@dataclass(frozen=True, order=True)
-class ChildSpec:
-    pool_id: int
-    namespace: str
-    image_id: str
 
 
 @dataclass(frozen=True)
@@ -59,7 +25,7 @@ class Snapshot:
     id: int
     name: str
     size: int  # bytes
-    namespace: SnapNamespace
+    namespace: fh.SnapshotNamespace
     protection: int
     flags: int
     timestamp: float  # seconds since 1970
@@ -68,11 +34,11 @@ class Snapshot:
 
     @property
     def is_user(self) -> bool:
-        return self.namespace.kind == USER
+        return self.namespace.type == fh.NAMESPACE_USER
 
     @property
     def is_trash(self) -> bool:
-        return self.namespace.kind == TRASH
+        return self.namespace.type == fh.NAMESPACE_TRASH
 
 
 @dataclass(frozen=True)
@@ -85,111 +51,56 @@ class BaseHeader:
     flags: int
     snapc: SnapContext
     data_pool_id: int
-    parent: ParentSpec
+    parent: fh.ParentImageSpec
     parent_overlap: int | None
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------
+# --- arguments --------------------------------------------------------------------------------------------------
 
 
 def u8(value: int) -> bytes:
-    return struct.pack("<B", value)
+    return Encoder().u8(value).done()
 
 
 def u64(value: int) -> bytes:
-    return struct.pack("<Q", value)
+    return Encoder().u64(value).done()
 
 
-def s64(value: int) -> bytes:
-    return struct.pack("<q", value)
+def text(value: str) -> bytes:
+    return Encoder().string(value).done()
 
 
-def text(value: str | bytes) -> bytes:
-    data = value.encode() if isinstance(value, str) else value
-    return struct.pack("<I", len(data)) + data
+def encoded(value: fh.ParentImageSpec | fh.ChildImageSpec) -> bytes:
+    out = Encoder()
+    value.encode(out)
+    return out.done()
 
 
-def versioned(version: int, compat: int, body: bytes) -> bytes:
-    return struct.pack("<BBI", version, compat, len(body)) + body
+def parent_key(parent: fh.ParentImageSpec) -> bytes:
+    """How the class methods on `rbd_children` name a snapshot."""
+    return Encoder().s64(parent.pool_id).string(parent.image_id).u64(parent.snap_id).done()
 
 
-class Reader:
-    """Takes values off the front of a method's answer. EBADMSG when it is shorter than it says."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.at = 0
-
-    def take(self, length: int) -> bytes:
-        if length > len(self.data) - self.at:
-            raise OSError(errno.EBADMSG, "the answer of a class method is cut short")
-        piece = self.data[self.at : self.at + length]
-        self.at += length
-        return piece
-
-    def _one(self, form: str) -> int:
-        value: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
-        return value
-
-    def u8(self) -> int:
-        return self._one("<B")
-
-    def u32(self) -> int:
-        return self._one("<I")
-
-    def u64(self) -> int:
-        return self._one("<Q")
-
-    def s64(self) -> int:
-        return self._one("<q")
-
-    def blob(self) -> bytes:
-        return self.take(self.u32())
-
-    def text(self) -> str:
-        return self.blob().decode(errors="surrogateescape")
-
-    def time(self) -> float:
-        seconds = self.u32()
-        return seconds + self.u32() / 1e9
-
-    def optional_u64(self) -> int | None:
-        return self.u64() if self.u8() else None
-
-    def struct(self) -> Reader:
-        """The body of a versioned struct."""
-        self.u8()
-        self.u8()
-        return Reader(self.blob())
-
-    def namespace(self) -> SnapNamespace:
-        start = self.at
-        body = self.struct()
-        raw = self.data[start : self.at]
-        kind = body.u32()
-        if kind == TRASH:
-            name = body.text()
-            return SnapNamespace(kind, name, body.u32(), raw)
-        return SnapNamespace(kind, raw=raw)
+def namespace(value: fh.SnapshotNamespace) -> bytes:
+    out = Encoder()
+    fh.encode_namespace(out, value)
+    return out.done()
 
 
-USER_NAMESPACE = versioned(1, 1, struct.pack("<I", USER))
+def seconds(value: Time) -> float:
+    return value.seconds + value.nanoseconds / 1e9
+
+
+def moment(value: float) -> Time:
+    return Time.from_ns(int(value * 1e9))
 
 
 def call(method: str, *parts: bytes) -> Exec:
     return Exec("rbd", method, b"".join(parts))
 
 
-def _ask(ctx: ObjectContext, oid: str, method: str, *parts: bytes) -> Reader:
-    return Reader(ctx.exec(oid, "rbd", method, b"".join(parts)))
-
-
-def encode_parent(spec: ParentSpec) -> bytes:
-    return versioned(1, 1, s64(spec.pool_id) + text(spec.namespace) + text(spec.image_id) + u64(spec.snap_id))
-
-
-def encode_child(spec: ChildSpec) -> bytes:
-    return versioned(2, 1, s64(spec.pool_id) + text(spec.image_id) + text(spec.namespace))
+def _ask(ctx: ObjectContext, oid: str, method: str, *parts: bytes) -> Decoder:
+    return Decoder(ctx.exec(oid, "rbd", method, b"".join(parts)))
 
 
 # --- header -----------------------------------------------------------------------------------------------------
@@ -207,7 +118,7 @@ def create_header(
 ) -> None:
     parts = [u64(size), u8(order), u64(features), text(prefix)]
     if data_pool is not None:
-        parts.append(s64(data_pool))
+        parts.append(Encoder().s64(data_pool).done())
     ops: list[Op] = [Create(exclusive=True), call("create", *parts)]
     if stripe is not None:
         ops.append(call("set_stripe_unit_count", u64(stripe[0]), u64(stripe[1])))
@@ -217,7 +128,7 @@ def create_header(
 def read_header(ctx: ObjectContext, oid: str, read_only: bool) -> BaseHeader:
     head = u64(NOSNAP)
     answers = [
-        Reader(data)
+        Decoder(data)
         for data in ctx.read(
             oid,
             [
@@ -234,21 +145,18 @@ def read_header(ctx: ObjectContext, oid: str, read_only: bool) -> BaseHeader:
     ]
     size, features, prefix, flags, snapc, pool, parent, overlap = answers
     order = size.u8()
-    seq = snapc.u64()
-    ids = tuple(snapc.u64() for _ in range(snapc.u32()))
-    body = parent.struct()
-    spec = ParentSpec(body.s64(), body.text(), body.text(), body.u64())
+    existing = fh.SnapContextReply.decode(snapc.rest())
     return BaseHeader(
         order=order,
         size=size.u64(),
         features=features.u64(),
         incompatible=features.u64(),
-        object_prefix=prefix.text(),
+        object_prefix=prefix.string(),
         flags=flags.u64(),
-        snapc=SnapContext(seq, ids),
+        snapc=SnapContext(existing.seq, existing.ids),
         data_pool_id=pool.s64(),
-        parent=spec if spec.exists else NO_PARENT,
-        parent_overlap=overlap.optional_u64(),
+        parent=fh.ParentImageSpec.decode(parent),
+        parent_overlap=overlap.optional(Decoder.u64),
     )
 
 
@@ -268,20 +176,18 @@ def read_snapshots(ctx: ObjectContext, oid: str, ids: Sequence[int]) -> list[Sna
             ]
         answers = ctx.read(oid, ops)
         for row in range(0, len(answers), 4):
-            info = Reader(answers[row]).struct()
-            snap_id = info.u64()
-            namespace = info.namespace()
+            info = fh.SnapshotInfo.decode(answers[row])
             snaps.append(
                 Snapshot(
-                    id=snap_id,
-                    name=info.text(),
-                    size=info.u64(),
-                    namespace=namespace,
-                    timestamp=info.time(),
-                    children=info.u32(),
-                    parent_overlap=Reader(answers[row + 1]).optional_u64(),
-                    flags=Reader(answers[row + 2]).u64(),
-                    protection=Reader(answers[row + 3]).u8(),
+                    id=info.id,
+                    name=info.name,
+                    size=info.image_size,
+                    namespace=info.namespace,
+                    timestamp=seconds(info.timestamp),
+                    children=info.child_count,
+                    parent_overlap=Decoder(answers[row + 1]).optional(Decoder.u64),
+                    flags=Decoder(answers[row + 2]).u64(),
+                    protection=Decoder(answers[row + 3]).u8(),
                 )
             )
     return snaps
@@ -298,7 +204,7 @@ def stripe(ctx: ObjectContext, oid: str) -> tuple[int, int]:
 
 def timestamp(ctx: ObjectContext, oid: str, which: str) -> float:
     """`which`: create, access or modify. Seconds since 1970."""
-    return _ask(ctx, oid, f"get_{which}_timestamp").time()
+    return seconds(_ask(ctx, oid, f"get_{which}_timestamp").time())
 
 
 def snap_limit(ctx: ObjectContext, oid: str) -> int:
@@ -306,52 +212,46 @@ def snap_limit(ctx: ObjectContext, oid: str) -> int:
 
 
 def group_of(ctx: ObjectContext, oid: str) -> tuple[int, str]:
-    body = _ask(ctx, oid, "image_group_get").struct()
-    return body.s64(), body.text()
+    """Pool and id of the image's group; (-1, "") when it is in none."""
+    answer = _ask(ctx, oid, "image_group_get")
+    with answer.struct(1, "group spec"):
+        return answer.s64(), answer.string()
 
 
 def protection(ctx: ObjectContext, oid: str, snap_id: int) -> int:
     return _ask(ctx, oid, "get_protection_status", u64(snap_id)).u8()
 
 
-def children(ctx: ObjectContext, oid: str, snap_id: int) -> list[ChildSpec]:
+def children(ctx: ObjectContext, oid: str, snap_id: int) -> list[fh.ChildImageSpec]:
     """Format v2 clones of a snapshot."""
     try:
-        answer = _ask(ctx, oid, "children_list", u64(snap_id))
+        found = fh.decode_children(ctx.exec(oid, "rbd", "children_list", u64(snap_id)))
     except OSError as failure:
         if failure.errno == errno.ENOENT:
             return []
         raise
-    out = []
-    for _ in range(answer.u32()):
-        body = answer.struct()
-        pool, image = body.s64(), body.text()
-        out.append(ChildSpec(pool, body.text() if body.at < len(body.data) else "", image))
-    return sorted(out)
+    return sorted(found, key=lambda child: child.sort_key)
 
 
-def v1_children(ctx: ObjectContext, parent: ParentSpec) -> list[str]:
+def v1_children(ctx: ObjectContext, parent: fh.ParentImageSpec) -> list[str]:
     """Ids of the format v1 clones of a snapshot in this pool."""
     try:
-        answer = _ask(ctx, CHILDREN, "get_children", s64(parent.pool_id) + text(parent.image_id) + u64(parent.snap_id))
+        return _ask(ctx, names.CHILDREN, "get_children", parent_key(parent)).list(Decoder.string, 4)
     except OSError as failure:
         if failure.errno == errno.ENOENT:
             return []
         raise
-    return [answer.text() for _ in range(answer.u32())]
 
 
 def metadata(ctx: ObjectContext, oid: str) -> dict[str, bytes]:
     rows: dict[str, bytes] = {}
     start = ""
     while True:
-        answer = _ask(ctx, oid, "metadata_list", text(start), u64(PAGE))
-        count = answer.u32()
-        for _ in range(count):
-            start = answer.text()
-            rows[start] = answer.blob()
-        if count < PAGE:
+        page = _ask(ctx, oid, "metadata_list", text(start), u64(PAGE)).map(Decoder.string, Decoder.blob, 8)
+        rows.update(page)
+        if len(page) < PAGE:
             return rows
+        start = max(page)
 
 
 def metadata_value(ctx: ObjectContext, oid: str, key: str) -> bytes:
@@ -359,95 +259,72 @@ def metadata_value(ctx: ObjectContext, oid: str, key: str) -> bytes:
 
 
 def encode_metadata(values: dict[str, bytes]) -> bytes:
-    return struct.pack("<I", len(values)) + b"".join(text(key) + text(values[key]) for key in sorted(values))
+    return Encoder().map(dict(sorted(values.items())), Encoder.string, Encoder.blob).done()
 
 
 # --- directories ------------------------------------------------------------------------------------------------
 
 
 def get_id(ctx: ObjectContext, oid: str) -> str:
-    return _ask(ctx, oid, "get_id").text()
+    return _ask(ctx, oid, "get_id").string()
 
 
 def name_of(ctx: ObjectContext, image_id: str) -> str:
     """ENOENT: not in the directory (perhaps in the trash)."""
-    return _ask(ctx, DIRECTORY, "dir_get_name", text(image_id)).text()
+    return _ask(ctx, names.DIRECTORY, "dir_get_name", text(image_id)).string()
 
 
-def _pages(
-    ctx: ObjectContext, oid: str, method: str, row: Callable[[Reader], tuple[str, object]]
-) -> Iterable[tuple[str, object]]:
+def _pages(ctx: ObjectContext, oid: str, method: str, read: Callable[[Decoder], dict[str, T]]) -> dict[str, T]:
+    """All rows of a listing method; none when there is no object."""
+    rows: dict[str, T] = {}
     start = ""
     while True:
         try:
-            answer = _ask(ctx, oid, method, text(start), u64(PAGE))
+            page = read(_ask(ctx, oid, method, text(start), u64(PAGE)))
         except OSError as failure:
             if failure.errno == errno.ENOENT:
-                return
+                return rows
             raise
-        count = answer.u32()
-        for _ in range(count):
-            start, value = row(answer)
-            yield start, value
-        if count < PAGE:
-            return
+        rows.update(page)
+        if len(page) < PAGE:
+            return rows
+        start = max(page)
 
 
 def list_images(ctx: ObjectContext) -> dict[str, str]:
     """name -> id, sorted by name."""
-    return {
-        name: str(value) for name, value in _pages(ctx, DIRECTORY, "dir_list", lambda row: (row.text(), row.text()))
-    }
+    return _pages(ctx, names.DIRECTORY, "dir_list", lambda answer: answer.map(Decoder.string, Decoder.string, 8))
 
 
 def list_namespaces(ctx: ObjectContext) -> list[str]:
-    return [name for name, _ in _pages(ctx, NAMESPACES, "namespace_list", lambda row: (row.text(), None))]
+    def page(answer: Decoder) -> dict[str, None]:
+        return dict.fromkeys(answer.list(Decoder.string, 4))
+
+    return [*_pages(ctx, names.NAMESPACES, "namespace_list", page)]
 
 
-@dataclass(frozen=True)
-class TrashSpec:
-    source: int
-    name: str
-    deletion_time: float
-    deferment_end: float
-    state: int = STATE_NORMAL
-
-    def encode(self) -> bytes:
-        body = u8(self.source) + text(self.name) + _time(self.deletion_time) + _time(self.deferment_end)
-        return versioned(2, 1, body + u8(self.state))
+def trash_get(ctx: ObjectContext, image_id: str) -> TrashImageSpec:
+    """ENOENT."""
+    return TrashImageSpec.decode_from(_ask(ctx, names.TRASH, "trash_get", text(image_id)))
 
 
-def _time(value: float) -> bytes:
-    seconds = int(value)
-    return struct.pack("<II", seconds, int((value - seconds) * 1e9))
+def trash_list(ctx: ObjectContext) -> dict[str, TrashImageSpec]:
+    """By image id."""
+
+    def page(answer: Decoder) -> dict[str, TrashImageSpec]:
+        return answer.map(Decoder.string, TrashImageSpec.decode_from, 10)
+
+    return _pages(ctx, names.TRASH, "trash_list", page)
 
 
-def _trash_spec(answer: Reader) -> TrashSpec:
-    body = answer.struct()
-    source, name, deleted, until = body.u8(), body.text(), body.time(), body.time()
-    return TrashSpec(source, name, deleted, until, body.u8() if body.at < len(body.data) else STATE_NORMAL)
-
-
-def trash_get(ctx: ObjectContext, image_id: str) -> TrashSpec:
-    return _trash_spec(_ask(ctx, TRASH_OBJECT, "trash_get", text(image_id)))
-
-
-def trash_list(ctx: ObjectContext) -> dict[str, TrashSpec]:
-    out: dict[str, TrashSpec] = {}
-    for image_id, spec in _pages(ctx, TRASH_OBJECT, "trash_list", lambda row: (row.text(), _trash_spec(row))):
-        assert isinstance(spec, TrashSpec)
-        out[image_id] = spec
-    return out
-
-
-def trash_add(ctx: ObjectContext, image_id: str, spec: TrashSpec) -> None:
-    ctx.write(TRASH_OBJECT, [call("trash_add", text(image_id), spec.encode())])
+def trash_add(ctx: ObjectContext, image_id: str, spec: TrashImageSpec) -> None:
+    ctx.write(names.TRASH, [call("trash_add", text(image_id), spec.encode())])
 
 
 def trash_state(ctx: ObjectContext, image_id: str, state: int, expected: int) -> None:
     """ESTALE: it is in neither state."""
-    ctx.exec(TRASH_OBJECT, "rbd", "trash_state_set", text(image_id) + u8(state) + u8(expected))
+    ctx.exec(names.TRASH, "rbd", "trash_state_set", text(image_id) + u8(state) + u8(expected))
 
 
 def trash_forget(ctx: ObjectContext, image_id: str) -> None:
-    ctx.exec(TRASH_OBJECT, "rbd", "trash_remove", text(image_id))
+    ctx.exec(names.TRASH, "rbd", "trash_remove", text(image_id))

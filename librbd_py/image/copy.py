@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from librbd_py.format import features as ft
 from librbd_py.store.api import NOSNAP, ObjectContext
 
 from . import cls, snapshots
-from . import features as ft
 from .clones import attach, inherited
 from .diff import diff_iterate
 from .directory import DEFAULTS, CreateOptions, Progress, create, remove_image
@@ -91,7 +91,7 @@ def deep_copy(
 
 def _same_parent(source: ImageHandle, dest: ImageHandle) -> None:
     spec = source.header.parent
-    ctx = source.store.open(spec.pool_id, spec.namespace)
+    ctx = source.store.open(spec.pool_id, spec.pool_namespace)
     with ImageHandle.open(ctx, image_id=spec.image_id, snapshot=spec.snap_id, read_only=True) as parent:
         attach(parent, dest.ctx, dest.id, 2 if source.header.op_features & ft.OP_CLONE_CHILD else 1)
     dest.changed()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 
+from librbd_py.format import features as ft
+from librbd_py.format.object_map import EXISTS_CLEAN, NONEXISTENT
 from librbd_py.store.api import NOSNAP, SnapSet
 
-from . import features as ft
 from .handle import ImageHandle
 from .map_check import snapset_of, version_at
-from .object_map import EXISTS_CLEAN, NONEXISTENT
 from .resize import known_states
 from .snapshots import find
 from .view import ViewSpec

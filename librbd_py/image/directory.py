@@ -5,14 +5,16 @@ what a crash leaves behind is what `rbd` knows how to clean up.
 from __future__ import annotations
 
 import errno
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from librbd_py.format import features as ft
+from librbd_py.format import names
+from librbd_py.format import object_map as fm
+from librbd_py.format import trash as ftr
 from librbd_py.store.api import Create, ListWatchers, ObjectContext, WriteFull
 
 from . import cls, object_map
-from . import features as ft
 from .cls import call, text, u8
 from .handle import ImageHandle
 from .header import header_oid, id_oid
@@ -21,7 +23,6 @@ from .objects import exists, ignoring, remove
 
 Progress = Callable[[int, int], object]  # offset, total; what it returns is ignored, as in librbd
 DEFAULT_ORDER = 22
-MAX_ID = 14  # characters
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,8 @@ def check_size(layout: Layout, size: int, features: int) -> None:
     """EINVAL: larger than an image, or its object map, may be."""
     if not 0 <= size < 1 << 63:
         raise OSError(errno.EINVAL, f"an image cannot have {size} bytes")
-    if features & ft.OBJECT_MAP and layout.objects(size) > ft.MAX_MAP_OBJECTS:
+    if features & ft.OBJECT_MAP and layout.objects(size) > fm.MAX_OBJECTS:
         raise OSError(errno.EINVAL, f"{layout.objects(size)} objects are more than an object map may have")
-
-
-def new_id(ctx: ObjectContext) -> str:
-    return f"{ctx.store.client.gid:x}{secrets.randbits(32):x}"[-MAX_ID:]
 
 
 def require_name(name: str) -> None:
@@ -110,7 +107,7 @@ def require_name(name: str) -> None:
 
 def require_free(ctx: ObjectContext, name: str) -> None:
     """EEXIST: there is an image (of either format) of that name."""
-    if exists(ctx, f"{name}.rbd") or exists(ctx, id_oid(name)):
+    if exists(ctx, names.old_header(name)) or exists(ctx, id_oid(name)):
         raise OSError(errno.EEXIST, f"image {name} exists")
 
 
@@ -120,13 +117,13 @@ def create(ctx: ObjectContext, name: str, size: int, options: CreateOptions = DE
     require_name(name)
     checked = plan(ctx, size, options)
     require_free(ctx, name)
-    image_id = new_id(ctx)
+    image_id = names.make_id(ctx.store.client.gid)
     pool = checked.data_pool_id
-    prefix = f"rbd_data.{image_id}" if pool is None else f"rbd_data.{ctx.pool_id}.{image_id}"
+    prefix = names.data_prefix(image_id, None if pool is None else ctx.pool_id)
     ready = [call("dir_state_assert", u8(0))] if ctx.namespace else []
-    ctx.write(cls.DIRECTORY, [*ready, call("dir_add_image", text(name), text(image_id))])
+    ctx.write(names.DIRECTORY, [*ready, call("dir_add_image", text(name), text(image_id))])
     undo: list[Callable[[], object]] = [
-        lambda: ctx.exec(cls.DIRECTORY, "rbd", "dir_remove_image", text(name) + text(image_id))
+        lambda: ctx.exec(names.DIRECTORY, "rbd", "dir_remove_image", text(name) + text(image_id))
     ]
     try:
         ctx.write(id_oid(name), [Create(exclusive=True), call("set_id", text(image_id))])
@@ -165,7 +162,7 @@ def rename(ctx: ObjectContext, source: str, dest: str) -> None:
         with handle.exclusive():
             ctx.write(id_oid(dest), [Create(exclusive=True), WriteFull(text(handle.id))])
             try:
-                ctx.exec(cls.DIRECTORY, "rbd", "dir_rename_image", text(source) + text(dest) + text(handle.id))
+                ctx.exec(names.DIRECTORY, "rbd", "dir_rename_image", text(source) + text(dest) + text(handle.id))
             except OSError:
                 remove(ctx, id_oid(dest))
                 raise
@@ -185,8 +182,8 @@ def remove_image(ctx: ObjectContext, name: str, progress: Progress | None = None
         image_id = handle.id
         with handle.exclusive():
             check_removable(handle)
-            move_to_trash(handle, cls.TRASH_REMOVING, 0)
-            cls.trash_state(ctx, image_id, cls.STATE_REMOVING, cls.STATE_NORMAL)
+            move_to_trash(handle, ftr.SOURCE_REMOVING, 0)
+            cls.trash_state(ctx, image_id, ftr.STATE_REMOVING, ftr.STATE_NORMAL)
             finish_removal(handle, progress)
     cls.trash_forget(ctx, image_id)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 
+from librbd_py.format import features as ft
 from librbd_py.store.api import NOSNAP
 
-from . import features as ft
 from . import object_map
 from .cls import u64
 from .handle import ImageHandle

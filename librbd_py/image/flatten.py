@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 
+from librbd_py.format import features as ft
+from librbd_py.format.object_map import EXISTS, NONEXISTENT
 from librbd_py.store.api import NOSNAP
 
-from . import features as ft
 from . import object_map
 from .directory import Progress
 from .handle import ImageHandle
-from .object_map import EXISTS, NONEXISTENT
 from .objects import exists, ignoring
 from .snapshots import detach_child
 
@@ -79,7 +79,7 @@ def flatten_children(handle: ImageHandle, snap_id: int) -> None:
     from .clones import children_of
 
     for child in children_of(handle, snap_id):
-        ctx = handle.store.open(child.pool_id, child.namespace)
+        ctx = handle.store.open(child.pool_id, child.pool_namespace)
         with ImageHandle.open(ctx, image_id=child.image_id) as opened:
             flatten(opened)
     handle.refresh()

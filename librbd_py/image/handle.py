@@ -18,13 +18,15 @@ from typing import Any
 from librbd_py.control import wire
 from librbd_py.control.driver import HeaderControl
 from librbd_py.control.pool import control_pool
+from librbd_py.format import features as ft
+from librbd_py.format import header as fh
+from librbd_py.format.header import ParentImageSpec
 from librbd_py.native import check, lib
 from librbd_py.store.api import NOSNAP, ObjectContext
 
 from . import cls, object_map
-from . import features as ft
 from .datapath import NativeImage
-from .header import MAX_PARENTS, Header, ParentSpec, header_oid, image_id_of, load
+from .header import MAX_PARENTS, Header, header_oid, image_id_of, load
 from .objects import ignoring
 from .plain import EVERYTHING, NO_MAP, WRITES, PlainData
 from .view import DataObjects, DataPath, ViewSpec
@@ -64,7 +66,7 @@ class ImageHandle:
         self._size_limit: int | None = None
         self._lost: OSError | None = None
         self.next_touch: dict[str, float] = {}  # access, modify: time.monotonic() of the next look at the times
-        self._parents: tuple[ParentSpec, ViewSpec, list[DataObjects]] | None = None
+        self._parents: tuple[ParentImageSpec, ViewSpec, list[DataObjects]] | None = None
         self._retired: list[DataObjects] = []  # parents of older views; requests in flight may still read them
         pool = header.data_pool_id
         self.data_ctx = ctx if pool in (-1, ctx.pool_id) else ctx.store.open(pool, ctx.namespace)
@@ -475,7 +477,7 @@ def resolve_snapshot(header: Header, snapshot: str | int | None) -> int:
         if snapshot not in header.snaps:
             raise OSError(errno.ENOENT, f"no snapshot {snapshot}")
         return snapshot
-    snap = header.snap_named(snapshot, cls.USER)
+    snap = header.snap_named(snapshot, fh.NAMESPACE_USER)
     if snap is None:
         raise OSError(errno.ENOENT, f"no snapshot named {snapshot!r}")
     return snap.id
@@ -490,20 +492,22 @@ def name_by_id(ctx: ObjectContext, image_id: str) -> str:
     return ""
 
 
-def parent_view(store: Any, spec: ParentSpec, opened: list[DataObjects], seen: set[tuple[int, str, str]]) -> ViewSpec:
+def parent_view(
+    store: Any, spec: ParentImageSpec, opened: list[DataObjects], seen: set[tuple[int, str, str]]
+) -> ViewSpec:
     """The view of a parent snapshot, its own parents included. Appends the data objects taken to `opened`.
 
     ELOOP: an image is its own ancestor, or the chain is deeper than MAX_PARENTS.
     """
-    key = (spec.pool_id, spec.namespace, spec.image_id)
+    key = (spec.pool_id, spec.pool_namespace, spec.image_id)
     if key in seen or len(seen) > MAX_PARENTS:
         raise OSError(errno.ELOOP, f"the chain of parents through image {spec.image_id} does not end")
     seen.add(key)
-    ctx = store.open(spec.pool_id, spec.namespace)
+    ctx = store.open(spec.pool_id, spec.pool_namespace)
     header = load(ctx, spec.image_id, read_only=True)
     if spec.snap_id not in header.snaps:
         raise OSError(errno.ENOENT, f"parent image {spec.image_id} has no snapshot {spec.snap_id}")
-    data_ctx = ctx if header.data_pool_id == -1 else store.open(header.data_pool_id, spec.namespace)
+    data_ctx = ctx if header.data_pool_id == -1 else store.open(header.data_pool_id, spec.pool_namespace)
     objects = DataObjects(data_ctx, header.object_prefix, header.order).open()
     opened.append(objects)
     overlap = header.overlap_at(spec.snap_id)

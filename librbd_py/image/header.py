@@ -10,28 +10,23 @@ import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from librbd_py.format import features as ft
+from librbd_py.format import names
+from librbd_py.format.header import ParentImageSpec
 from librbd_py.store.api import NOSNAP, ObjectContext, SnapContext
 
 from . import cls
-from . import features as ft
-from .cls import NO_PARENT, ParentSpec, SnapNamespace, Snapshot
+from .cls import Snapshot
+from .feature_names import SUPPORTED, to_string
 from .layout import Layout
 
 MAX_PARENTS = 64  # depth of a clone chain; deeper is refused (ELOOP)
 ATTEMPTS = 16  # of a load that raced with the removal of a snapshot
-UNPROTECTED, UNPROTECTING, PROTECTED = 0, 1, 2
 
 
-def header_oid(image_id: str) -> str:
-    return f"rbd_header.{image_id}"
-
-
-def id_oid(name: str) -> str:
-    return f"rbd_id.{name}"
-
-
-def map_oid(image_id: str, snap_id: int = NOSNAP) -> str:
-    return f"rbd_object_map.{image_id}" + ("" if snap_id == NOSNAP else f".{snap_id:016x}")
+header_oid = names.header
+id_oid = names.id_object
+map_oid = names.object_map
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Header:
     flags: int
     snapc: SnapContext
     snaps: Mapping[int, Snapshot]  # by id, ascending
-    parent: ParentSpec  # NO_PARENT when there is none
+    parent: ParentImageSpec  # a null spec when there is none
     parent_overlap: int | None  # of HEAD; None: HEAD needs no parent
 
     def has(self, feature: int) -> bool:
@@ -57,7 +52,7 @@ class Header:
     def snap_named(self, name: str, kind: int | None = None) -> Snapshot | None:
         """By name; only in this namespace when `kind` is given."""
         for snap in self.snaps.values():
-            if snap.name == name and kind in (None, snap.namespace.kind):
+            if snap.name == name and kind in (None, snap.namespace.type):
                 return snap
         return None
 
@@ -82,9 +77,9 @@ def load(ctx: ObjectContext, image_id: str, *, read_only: bool) -> Header:
         base = cls.read_header(ctx, oid, read_only)
         if base.order not in range(12, 26):
             raise OSError(errno.EINVAL, f"image {image_id}: object order {base.order} is not 12 to 25")
-        unknown = base.incompatible & ~ft.SUPPORTED
+        unknown = base.incompatible & ~SUPPORTED
         if unknown:
-            raise OSError(errno.ENOSYS, f"image {image_id} uses features this library lacks: {ft.to_string(unknown)}")
+            raise OSError(errno.ENOSYS, f"image {image_id} uses features this library lacks: {to_string(unknown)}")
         op_features = cls.op_features(ctx, oid) if base.features & ft.OPERATIONS else 0
         unit, count = 1 << base.order, 1
         if base.features & ft.STRIPINGV2:
@@ -120,6 +115,3 @@ def load(ctx: ObjectContext, image_id: str, *, read_only: bool) -> Header:
 def image_id_of(ctx: ObjectContext, name: str) -> str:
     """ENOENT: no image of that name."""
     return cls.get_id(ctx, id_oid(name))
-
-
-__all__ = ["NO_PARENT", "Header", "ParentSpec", "SnapNamespace", "Snapshot", "header_oid", "id_oid", "load", "map_oid"]

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import errno
 import re
-import struct
 from dataclasses import dataclass
 
+from librbd_py.format import features as ft
+from librbd_py.format import lock as fl
 from librbd_py.store.api import NOSNAP, ListWatchers, WatcherInfo
 
-from . import features as ft
-from .cls import Reader, text, u8, versioned
 from .handle import ImageHandle
 
-LOCK_NAME = "rbd_lock"
-INTERNAL_TAG = "internal"
-EXCLUSIVE, SHARED = 1, 2  # of the class `lock`
 MODE_EXCLUSIVE = 0  # of the lock_acquire family
 
 
@@ -28,38 +24,23 @@ class Lockers:
 
 def lockers(handle: ImageHandle) -> Lockers:
     """Whoever is in the lock of the header, by hand or automatically."""
-    body = Reader(handle.ctx.exec(handle.oid, "lock", "get_info", versioned(1, 1, text(LOCK_NAME)))).struct()
-    rows = []
-    for _ in range(body.u32()):
-        who = body.struct()
-        kind, number = who.u8(), who.s64()
-        cookie = who.text()
-        info = body.struct()
-        info.take(8)
-        rows.append((f"client.{number}" if kind == 8 else f"{kind}.{number}", cookie, _address(info)))
-    lock_type = body.u8()
-    return Lockers(body.text(), lock_type == EXCLUSIVE, tuple(rows))
+    held = _state(handle)
+    rows = [(str(who.entity), who.cookie, info.address.text) for who, info in held.lockers.items()]
+    return Lockers(held.tag, held.type == fl.LOCK_EXCLUSIVE, tuple(rows))
 
 
-def _address(info: Reader) -> str:
-    info.u8()
-    body = info.struct()
-    body.u32()
-    nonce = body.u32()
-    sockaddr = body.blob()
-    if len(sockaddr) < 8 or struct.unpack_from("<H", sockaddr)[0] != 2:
-        return f":/{nonce}"
-    port = struct.unpack_from(">H", sockaddr, 2)[0]
-    return ".".join(str(byte) for byte in sockaddr[4:8]) + f":{port}/{nonce}"
+def _state(handle: ImageHandle) -> fl.LockState:
+    return fl.LockState.decode(
+        handle.ctx.exec(handle.oid, "lock", "get_info", fl.InfoRequest(fl.RBD_LOCK_NAME).encode())
+    )
 
 
 def lock(handle: ImageHandle, cookie: str, tag: str, *, exclusive: bool) -> None:
     """An advisory lock. EBUSY: held by others, or with another tag; EEXIST: held by this very one; EROFS."""
     if handle.read_only:
         raise OSError(errno.EROFS, "the image is open read-only")
-    kind = EXCLUSIVE if exclusive else SHARED
-    arguments = text(LOCK_NAME) + u8(kind) + text(cookie) + text(tag) + text("") + bytes(8) + u8(0)
-    handle.ctx.exec(handle.oid, "lock", "lock", versioned(1, 1, arguments))
+    request = fl.LockRequest(fl.RBD_LOCK_NAME, fl.LOCK_EXCLUSIVE if exclusive else fl.LOCK_SHARED, cookie, tag)
+    handle.ctx.exec(handle.oid, "lock", "lock", request.encode())
     handle.announce()
 
 
@@ -67,7 +48,7 @@ def unlock(handle: ImageHandle, cookie: str) -> None:
     """ENOENT, EROFS."""
     if handle.read_only:
         raise OSError(errno.EROFS, "the image is open read-only")
-    handle.ctx.exec(handle.oid, "lock", "unlock", versioned(1, 1, text(LOCK_NAME) + text(cookie)))
+    handle.ctx.exec(handle.oid, "lock", "unlock", fl.UnlockRequest(fl.RBD_LOCK_NAME, cookie).encode())
     handle.announce()
 
 
@@ -82,8 +63,8 @@ def break_lock(handle: ImageHandle, client: str, cookie: str) -> None:
     if address is None:
         raise OSError(errno.ENOENT, f"{client} has no lock {cookie!r}")
     handle.store.blocklist_add(address)
-    who = u8(8) + struct.pack("<q", int(found[1]))
-    handle.ctx.exec(handle.oid, "lock", "break_lock", versioned(1, 1, text(LOCK_NAME) + who + text(cookie)))
+    who = fl.EntityName(fl.ENTITY_CLIENT, int(found[1]))
+    handle.ctx.exec(handle.oid, "lock", "break_lock", fl.BreakRequest(fl.RBD_LOCK_NAME, who, cookie).encode())
     handle.announce()
 
 
@@ -99,7 +80,7 @@ def owners(handle: ImageHandle) -> list[str]:
     if not handle.header.has(ft.EXCLUSIVE_LOCK):
         raise OSError(errno.EINVAL, "the image has no exclusive lock")
     held = lockers(handle)
-    return [address for _, _, address in held.lockers] if held.tag == INTERNAL_TAG else []
+    return [address for _, _, address in held.lockers] if held.tag == fl.RBD_LOCK_TAG else []
 
 
 def break_owner(handle: ImageHandle, mode: int, owner: str) -> None:

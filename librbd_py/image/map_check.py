@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 
+from librbd_py.format import features as ft
+from librbd_py.format.object_map import EXISTS, EXISTS_CLEAN, NONEXISTENT
 from librbd_py.store.api import NOSNAP, ListSnaps, SnapSet
 
-from . import features as ft
 from . import object_map
 from .directory import Progress
 from .handle import ImageHandle
-from .object_map import EXISTS, EXISTS_CLEAN, NONEXISTENT
 
 BOTH_INVALID = ft.FLAG_OBJECT_MAP_INVALID | ft.FLAG_FAST_DIFF_INVALID
 

@@ -9,50 +9,32 @@ from __future__ import annotations
 
 import errno
 import logging
-import struct
 from collections.abc import Callable
 
+from librbd_py.format import lock as fl
+from librbd_py.format import object_map as fm
+from librbd_py.format.object_map import EXISTS, NONEXISTENT, PENDING
 from librbd_py.store.api import NOSNAP, Exec, ObjectContext, Op, Read, WriteFull
 
 from . import cls
-from .cls import Reader, call, text, u8, u64, versioned
+from .cls import call, u8, u64
 from .header import map_oid
 from .objects import ignoring, remove
 from .plain import ObjectMapKeeper
 
-NONEXISTENT, EXISTS, PENDING, EXISTS_CLEAN = range(4)
-LOCK_NAME = "rbd_lock"
+ATTEMPTS = 8  # at the lock of a map whose stale owners are being broken
 
 log = logging.getLogger("librbd_py.image")
-_UNPACK = [bytes(((byte >> 6) & 3, (byte >> 4) & 3, (byte >> 2) & 3, byte & 3)) for byte in range(256)]
-
-
-def decode_states(data: bytes) -> bytearray:
-    """One byte (0..3) per object from an encoded map. EBADMSG when damaged; checksums are the store's business."""
-    reader = Reader(data)
-    count = Reader(reader.blob()).struct().u64()
-    packed = reader.take(-(-count // 4))
-    return bytearray(b"".join([_UNPACK[byte] for byte in packed])[:count])
-
-
-def encode_states(states: bytes | bytearray) -> bytes:
-    """Without checksums, as class methods take it."""
-    padded = bytes(states) + bytes(-len(states) % 4)
-    packed = bytes(
-        padded[i] << 6 | padded[i + 1] << 4 | padded[i + 2] << 2 | padded[i + 3] for i in range(0, len(padded), 4)
-    )
-    header = versioned(1, 1, u64(len(states)))
-    return struct.pack("<I", len(header)) + header + packed + struct.pack("<I", 0)
 
 
 def load(ctx: ObjectContext, image_id: str, snap_id: int = NOSNAP) -> bytearray:
     """ENOENT: there is no map."""
-    return decode_states(ctx.exec(map_oid(image_id, snap_id), "rbd", "object_map_load"))
+    return fm.decode(ctx.exec(map_oid(image_id, snap_id), "rbd", "object_map_load"))
 
 
 def save(ctx: ObjectContext, image_id: str, snap_id: int, states: bytes | bytearray, *, locked: bool = False) -> None:
     ops: list[Op] = [_assert_locked()] if locked else []
-    ctx.write(map_oid(image_id, snap_id), [*ops, call("object_map_save", encode_states(states))])
+    ctx.write(map_oid(image_id, snap_id), [*ops, call("object_map_save", fm.encode(states, crc=False))])
 
 
 def resize(ctx: ObjectContext, image_id: str, count: int, *, locked: bool) -> None:
@@ -80,32 +62,30 @@ def snap_remove(ctx: ObjectContext, image_id: str, snap_id: int, newer: int) -> 
 def lock(ctx: ObjectContext, image_id: str) -> None:
     """Takes the HEAD map's lock. Whoever owns the image may break a stale one."""
     oid = map_oid(image_id)
-    arguments = text(LOCK_NAME) + u8(1) + text("") + text("") + text("") + bytes(8) + u8(0)
-    for attempt in range(8):
+    request = fl.LockRequest(fl.RBD_LOCK_NAME, fl.LOCK_EXCLUSIVE, "", "")
+    for attempt in range(ATTEMPTS):
         try:
-            ctx.exec(oid, "lock", "lock", versioned(1, 1, arguments))
+            ctx.exec(oid, "lock", "lock", request.encode())
             return
         except OSError as failure:
             if failure.errno == errno.EEXIST:
                 return
-            if failure.errno != errno.EBUSY or attempt == 7:
+            if failure.errno != errno.EBUSY or attempt == ATTEMPTS - 1:
                 raise
-        info = Reader(ctx.exec(oid, "lock", "get_info", versioned(1, 1, text(LOCK_NAME)))).struct()
-        for _ in range(info.u32()):
-            body = info.struct()
-            locker = body.take(9) + body.take(4 + struct.unpack_from("<I", body.data, body.at)[0])
-            info.struct()
+        held = fl.LockState.decode(ctx.exec(oid, "lock", "get_info", fl.InfoRequest(fl.RBD_LOCK_NAME).encode()))
+        for locker in held.lockers:
             with ignoring(errno.ENOENT):
-                ctx.exec(oid, "lock", "break_lock", versioned(1, 1, text(LOCK_NAME) + locker))
+                stale = fl.BreakRequest(fl.RBD_LOCK_NAME, locker.entity, locker.cookie)
+                ctx.exec(oid, "lock", "break_lock", stale.encode())
 
 
 def unlock(ctx: ObjectContext, image_id: str) -> None:
     with ignoring(errno.ENOENT):
-        ctx.exec(map_oid(image_id), "lock", "unlock", versioned(1, 1, text(LOCK_NAME) + text("")))
+        ctx.exec(map_oid(image_id), "lock", "unlock", fl.UnlockRequest(fl.RBD_LOCK_NAME, "").encode())
 
 
 def _assert_locked() -> Exec:
-    return Exec("lock", "assert_locked", versioned(1, 1, text(LOCK_NAME) + u8(1) + text("") + text("")))
+    return Exec("lock", "assert_locked", fl.AssertRequest(fl.RBD_LOCK_NAME, fl.LOCK_EXCLUSIVE, "", "").encode())
 
 
 class HeadMap(ObjectMapKeeper):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
+from librbd_py.format import names
 from librbd_py.store.api import ObjectContext, OmapSet, WriteFull
 
 from . import cls
@@ -17,8 +18,8 @@ VALIDATED = b"overwrite validated"
 
 def init(ctx: ObjectContext, *, force: bool = False) -> None:
     """Marks the pool as one for RBD."""
-    if not exists(ctx, cls.INFO):
-        ctx.write(cls.INFO, [WriteFull(VALIDATED)])
+    if not exists(ctx, names.INFO):
+        ctx.write(names.INFO, [WriteFull(VALIDATED)])
 
 
 def namespace_create(ctx: ObjectContext, name: str) -> None:
@@ -26,9 +27,9 @@ def namespace_create(ctx: ObjectContext, name: str) -> None:
     if not name:
         raise OSError(errno.EINVAL, "a namespace needs a name")
     default = ctx.store.open(ctx.pool_id)
-    default.write(cls.NAMESPACES, [call("namespace_add", text(name))])
+    default.write(names.NAMESPACES, [call("namespace_add", text(name))])
     inside = ctx.store.open(ctx.pool_id, name)
-    inside.write(cls.DIRECTORY, [call("dir_state_set", u8(0))])
+    inside.write(names.DIRECTORY, [call("dir_state_set", u8(0))])
 
 
 def namespace_remove(ctx: ObjectContext, name: str) -> None:
@@ -42,11 +43,11 @@ def namespace_remove(ctx: ObjectContext, name: str) -> None:
     if cls.trash_list(inside):
         raise OSError(errno.EBUSY, f"namespace {name!r} has images in the trash")
     with ignoring(errno.ENOENT):
-        inside.write(cls.DIRECTORY, [call("dir_state_set", u8(1))])
-    remove(inside, cls.DIRECTORY)
-    for oid in (cls.TRASH_OBJECT, cls.CHILDREN, cls.INFO):
+        inside.write(names.DIRECTORY, [call("dir_state_set", u8(1))])
+    remove(inside, names.DIRECTORY)
+    for oid in (names.TRASH, names.CHILDREN, names.INFO):
         remove(inside, oid)
-    default.write(cls.NAMESPACES, [call("namespace_remove", text(name))])
+    default.write(names.NAMESPACES, [call("namespace_remove", text(name))])
 
 
 def namespaces(ctx: ObjectContext) -> list[str]:
@@ -55,7 +56,7 @@ def namespaces(ctx: ObjectContext) -> list[str]:
 
 def metadata(ctx: ObjectContext) -> dict[str, str]:
     try:
-        return {key: value.decode(errors="surrogateescape") for key, value in cls.metadata(ctx, cls.INFO).items()}
+        return {key: value.decode(errors="surrogateescape") for key, value in cls.metadata(ctx, names.INFO).items()}
     except OSError as failure:
         if failure.errno == errno.ENOENT:
             return {}
@@ -63,20 +64,20 @@ def metadata(ctx: ObjectContext) -> dict[str, str]:
 
 
 def metadata_set(ctx: ObjectContext, key: str, value: bytes) -> None:
-    if not exists(ctx, cls.INFO):
-        ctx.write(cls.INFO, [OmapSet({})])
-    ctx.exec(cls.INFO, "rbd", "metadata_set", cls.encode_metadata({key: value}))
+    if not exists(ctx, names.INFO):
+        ctx.write(names.INFO, [OmapSet({})])
+    ctx.exec(names.INFO, "rbd", "metadata_set", cls.encode_metadata({key: value}))
 
 
 def metadata_get(ctx: ObjectContext, key: str) -> str:
     """ENOENT."""
-    return cls.metadata_value(ctx, cls.INFO, key).decode(errors="surrogateescape")
+    return cls.metadata_value(ctx, names.INFO, key).decode(errors="surrogateescape")
 
 
 def metadata_remove(ctx: ObjectContext, key: str) -> None:
     """ENOENT."""
-    cls.metadata_value(ctx, cls.INFO, key)
-    ctx.exec(cls.INFO, "rbd", "metadata_remove", text(key))
+    cls.metadata_value(ctx, names.INFO, key)
+    ctx.exec(names.INFO, "rbd", "metadata_remove", text(key))
 
 
 @dataclass

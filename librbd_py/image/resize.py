@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
+from librbd_py.format import features as ft
+from librbd_py.format.object_map import NONEXISTENT
 from librbd_py.store.api import NOSNAP, Op, Remove, Truncate
 
-from . import features as ft
 from . import object_map
 from .cls import u64
 from .directory import Progress, check_size
 from .handle import ImageHandle
-from .object_map import NONEXISTENT
 from .objects import ignoring
 from .plain import EVERYTHING, ObjectMapKeeper, PlainData
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import logging
 
+from librbd_py.format import features as ft
+from librbd_py.format import header as fh
+from librbd_py.format import names
+from librbd_py.format.header import ChildImageSpec, ParentImageSpec
+from librbd_py.format.object_map import EXISTS, NONEXISTENT
 from librbd_py.store.api import NOSNAP, ObjectContext, Rollback
 
 from . import cls, object_map
-from . import features as ft
 from .cls import Snapshot, call, text, u8, u64
 from .directory import Progress
 from .handle import ImageHandle, announce
-from .header import PROTECTED, UNPROTECTED, UNPROTECTING, Header, ParentSpec
-from .object_map import EXISTS, NONEXISTENT
+from .header import Header
 from .objects import ignoring
 from .resize import resize
 
@@ -25,7 +28,7 @@ log = logging.getLogger("librbd_py.image")
 
 def find(header: Header, name: str) -> Snapshot:
     """A user snapshot by name. ENOENT."""
-    snap = header.snap_named(name, cls.USER)
+    snap = header.snap_named(name, fh.NAMESPACE_USER)
     if snap is None:
         raise OSError(errno.ENOENT, f"no snapshot named {name!r}")
     return snap
@@ -38,12 +41,12 @@ def by_id(header: Header, snap_id: int) -> Snapshot:
     return header.snaps[snap_id]
 
 
-def create(handle: ImageHandle, name: str, namespace: bytes = cls.USER_NAMESPACE) -> int:
+def create(handle: ImageHandle, name: str, namespace: fh.SnapshotNamespace = fh.USER) -> int:
     """The id of the new snapshot. EEXIST; EDQUOT: as many as the image may have; EROFS."""
     if handle.read_only:
         raise OSError(errno.EROFS, "the image is open read-only")
     with handle.at_head(), handle.exclusive() as header:
-        if namespace == cls.USER_NAMESPACE and header.snap_named(name, cls.USER) is not None:
+        if namespace == fh.USER and header.snap_named(name, fh.NAMESPACE_USER) is not None:
             raise OSError(errno.EEXIST, f"snapshot {name!r} exists")
         with handle.quiesced():
             snap_id = _add(handle, name, namespace)
@@ -53,11 +56,11 @@ def create(handle: ImageHandle, name: str, namespace: bytes = cls.USER_NAMESPACE
     return snap_id
 
 
-def _add(handle: ImageHandle, name: str, namespace: bytes) -> int:
+def _add(handle: ImageHandle, name: str, namespace: fh.SnapshotNamespace) -> int:
     for _ in range(ATTEMPTS):
         snap_id = handle.data_ctx.snap_create()
         try:
-            handle.ctx.exec(handle.oid, "rbd", "snapshot_add", text(name) + u64(snap_id) + namespace)
+            handle.ctx.exec(handle.oid, "rbd", "snapshot_add", text(name) + u64(snap_id) + cls.namespace(namespace))
             return snap_id
         except OSError as failure:
             handle.data_ctx.snap_remove(snap_id)
@@ -82,7 +85,7 @@ def remove(handle: ImageHandle, snap_id: int) -> None:
     it again is EBUSY then."""
     with handle.exclusive() as header:
         snap = by_id(header, snap_id)
-        if snap.protection != UNPROTECTED:
+        if snap.protection != fh.PROTECTION_UNPROTECTED:
             raise OSError(errno.EBUSY, f"snapshot {snap.name!r} is protected")
         if snap.is_trash and snap.children:
             raise OSError(errno.EBUSY, f"snapshot {snap.name!r} has clones")
@@ -116,29 +119,29 @@ def _remove_now(handle: ImageHandle, snap: Snapshot) -> None:
     handle.data_ctx.snap_remove(snap.id)
 
 
-def detach_child(handle: ImageHandle, parent: ParentSpec) -> None:
+def detach_child(handle: ImageHandle, parent: ParentImageSpec) -> None:
     """Tells the parent that this image is no longer its clone; removes the parent's snapshot when it was only kept in
     the trash for us."""
     store = handle.store
-    child = cls.ChildSpec(handle.ctx.pool_id, handle.ctx.namespace, handle.id)
+    child = ChildImageSpec(handle.ctx.pool_id, handle.id, handle.ctx.namespace)
     with ignoring(errno.ENOENT):
-        parent_ctx = store.open(parent.pool_id, parent.namespace)
+        parent_ctx = store.open(parent.pool_id, parent.pool_namespace)
         if handle.header.op_features & ft.OP_CLONE_CHILD:
             oid = f"rbd_header.{parent.image_id}"
             with ignoring(errno.ENOENT):
-                parent_ctx.exec(oid, "rbd", "child_detach", u64(parent.snap_id) + cls.encode_child(child))
+                parent_ctx.exec(oid, "rbd", "child_detach", u64(parent.snap_id) + cls.encoded(child))
             announce(parent_ctx, oid)
             remove_trashed(parent_ctx, parent)
         else:
-            key = cls.s64(parent.pool_id) + text(parent.image_id) + u64(parent.snap_id)
-            handle.ctx.exec(cls.CHILDREN, "rbd", "remove_child", key + text(handle.id))
+            key = cls.parent_key(parent)
+            handle.ctx.exec(names.CHILDREN, "rbd", "remove_child", key + text(handle.id))
 
 
-def remove_trashed(ctx: ObjectContext, parent: ParentSpec) -> None:
+def remove_trashed(ctx: ObjectContext, parent: ParentImageSpec) -> None:
     """Removes a snapshot that waited in the trash for its last clone to go. Failing to leaves it there."""
     try:
         snap = cls.read_snapshots(ctx, f"rbd_header.{parent.image_id}", [parent.snap_id])[0]
-        if snap.namespace.kind == cls.TRASH and not snap.children:
+        if snap.namespace.type == fh.NAMESPACE_TRASH and not snap.children:
             with ImageHandle.open(ctx, image_id=parent.image_id) as handle:
                 remove(handle, parent.snap_id)
     except OSError as failure:
@@ -151,7 +154,7 @@ def rename(handle: ImageHandle, snap_id: int, name: str) -> None:
     if handle.read_only:
         raise OSError(errno.EROFS, "the image is open read-only")
     by_id(handle.header, snap_id)
-    if handle.header.snap_named(name, cls.USER) is not None:
+    if handle.header.snap_named(name, fh.NAMESPACE_USER) is not None:
         raise OSError(errno.EEXIST, f"snapshot {name!r} exists")
     handle.ctx.exec(handle.oid, "rbd", "snapshot_rename", u64(snap_id) + text(name))
     handle.changed()
@@ -164,9 +167,9 @@ def protect(handle: ImageHandle, name: str) -> None:
     snap = find(handle.header, name)
     if not handle.header.has(ft.LAYERING):
         raise OSError(errno.ENOSYS, "the image has no layering")
-    if snap.protection == PROTECTED:
+    if snap.protection == fh.PROTECTION_PROTECTED:
         raise OSError(errno.EBUSY, f"snapshot {name!r} is protected")
-    _set_protection(handle, snap.id, PROTECTED)
+    _set_protection(handle, snap.id, fh.PROTECTION_PROTECTED)
     handle.changed()
 
 
@@ -175,14 +178,14 @@ def unprotect(handle: ImageHandle, name: str) -> None:
     if handle.read_only:
         raise OSError(errno.EROFS, "the image is open read-only")
     snap = find(handle.header, name)
-    if snap.protection == UNPROTECTED:
+    if snap.protection == fh.PROTECTION_UNPROTECTED:
         raise OSError(errno.EINVAL, f"snapshot {name!r} is not protected")
-    _set_protection(handle, snap.id, UNPROTECTING)
+    _set_protection(handle, snap.id, fh.PROTECTION_UNPROTECTING)
     if v1_children(handle, snap.id):
-        _set_protection(handle, snap.id, PROTECTED)
+        _set_protection(handle, snap.id, fh.PROTECTION_PROTECTED)
         handle.changed()
         raise OSError(errno.EBUSY, f"snapshot {name!r} has clones")
-    _set_protection(handle, snap.id, UNPROTECTED)
+    _set_protection(handle, snap.id, fh.PROTECTION_UNPROTECTED)
     handle.changed()
 
 
@@ -190,14 +193,14 @@ def _set_protection(handle: ImageHandle, snap_id: int, status: int) -> None:
     handle.ctx.exec(handle.oid, "rbd", "set_protection_status", u64(snap_id) + u8(status))
 
 
-def v1_children(handle: ImageHandle, snap_id: int) -> list[cls.ChildSpec]:
+def v1_children(handle: ImageHandle, snap_id: int) -> list[ChildImageSpec]:
     """Format v1 clones of a snapshot, from the back references of every pool."""
-    spec = ParentSpec(handle.ctx.pool_id, handle.ctx.namespace, handle.id, snap_id)
+    spec = ParentImageSpec(handle.ctx.pool_id, handle.ctx.namespace, handle.id, snap_id)
     out = []
     for pool in handle.store.pools():
         with ignoring(errno.ENOENT):
             ctx = handle.store.open(pool.pool_id)
-            out += [cls.ChildSpec(pool.pool_id, "", image_id) for image_id in cls.v1_children(ctx, spec)]
+            out += [ChildImageSpec(pool.pool_id, image_id) for image_id in cls.v1_children(ctx, spec)]
     return out
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import time
 
+from librbd_py.format import features as ft
+from librbd_py.format import names
+from librbd_py.format import trash as ftr
 from librbd_py.store.api import NOSNAP, ObjectContext, WriteFull
 
 from . import cls
-from . import features as ft
 from .cls import text
 from .directory import Progress, check_removable, require_free, require_name
 from .handle import ImageHandle
@@ -16,18 +18,17 @@ from .header import header_oid, id_oid, map_oid
 from .objects import exists, ignoring, remove
 from .resize import trim
 
-SOURCE_NAMES = ("USER", "MIRRORING", "MIGRATION", "REMOVING", "USER_PARENT")
-
 
 def move_to_trash(handle: ImageHandle, source: int, delay: float) -> None:
     """Takes the image out of the directory. The caller owns it (`handle.exclusive`)."""
     ctx, image_id, name = handle.ctx, handle.id, handle.name
     now = time.time()
-    cls.trash_add(ctx, image_id, cls.TrashSpec(source, name, now, now + delay, cls.STATE_MOVING))
+    spec = ftr.TrashImageSpec(source, name, cls.moment(now), cls.moment(now + delay), ftr.STATE_MOVING)
+    cls.trash_add(ctx, image_id, spec)
     remove(ctx, id_oid(name))
     with ignoring(errno.ENOENT):
-        ctx.exec(cls.DIRECTORY, "rbd", "dir_remove_image", text(name) + text(image_id))
-    cls.trash_state(ctx, image_id, cls.STATE_NORMAL, cls.STATE_MOVING)
+        ctx.exec(names.DIRECTORY, "rbd", "dir_remove_image", text(name) + text(image_id))
+    cls.trash_state(ctx, image_id, ftr.STATE_NORMAL, ftr.STATE_MOVING)
 
 
 def move(ctx: ObjectContext, name: str, delay: float = 0) -> None:
@@ -36,21 +37,21 @@ def move(ctx: ObjectContext, name: str, delay: float = 0) -> None:
         with handle.exclusive():
             if cls.group_of(ctx, handle.oid)[0] != -1:
                 raise OSError(errno.EMLINK, f"image {name} belongs to a group")
-            move_to_trash(handle, cls.TRASH_USER, delay)
+            move_to_trash(handle, ftr.SOURCE_USER, delay)
 
 
 def restore(ctx: ObjectContext, image_id: str, name: str | None = None) -> None:
     """Back under its old name or a new one. ENOENT: not in the trash; EEXIST; EINVAL: it is being removed."""
     spec = cls.trash_get(ctx, image_id)
-    if spec.source in (cls.TRASH_REMOVING, cls.TRASH_MIGRATION):
+    if spec.source in (ftr.SOURCE_REMOVING, ftr.SOURCE_MIGRATION):
         raise OSError(errno.EINVAL, f"image {image_id} is being removed")
     name = name or spec.name
     require_name(name)
     require_free(ctx, name)
-    cls.trash_state(ctx, image_id, cls.STATE_RESTORING, spec.state)
+    cls.trash_state(ctx, image_id, ftr.STATE_RESTORING, spec.state)
     ctx.write(id_oid(name), [WriteFull(text(image_id))])
     with ignoring(errno.EEXIST):
-        ctx.write(cls.DIRECTORY, [cls.call("dir_add_image", text(name), text(image_id))])
+        ctx.write(names.DIRECTORY, [cls.call("dir_add_image", text(name), text(image_id))])
     cls.trash_forget(ctx, image_id)
 
 
@@ -60,14 +61,14 @@ def remove_from_trash(
     """ENOENT; EPERM: its time has not come and not `force`; ENOTEMPTY, EBUSY as for images. Finishes interrupted
     removals."""
     spec = cls.trash_get(ctx, image_id)
-    if spec.deferment_end > time.time() and not force:
+    if cls.seconds(spec.deferment_end_time) > time.time() and not force:
         raise OSError(errno.EPERM, f"image {image_id} is kept until its time has come")
-    if spec.state not in (cls.STATE_NORMAL, cls.STATE_REMOVING):
+    if spec.state not in (ftr.STATE_NORMAL, ftr.STATE_REMOVING):
         raise OSError(errno.EBUSY, f"image {image_id} is being moved or restored")
     if exists(ctx, header_oid(image_id)):
         with ImageHandle.open(ctx, image_id=image_id) as handle, handle.exclusive():
             check_removable(handle)
-            cls.trash_state(ctx, image_id, cls.STATE_REMOVING, spec.state)
+            cls.trash_state(ctx, image_id, ftr.STATE_REMOVING, spec.state)
             finish_removal(handle, progress)
     else:
         remove(ctx, map_oid(image_id))
@@ -90,17 +91,17 @@ def finish_removal(handle: ImageHandle, progress: Progress | None) -> None:
     remove(ctx, header_oid(handle.id))
 
 
-def entries(ctx: ObjectContext) -> dict[str, cls.TrashSpec]:
+def entries(ctx: ObjectContext) -> dict[str, ftr.TrashImageSpec]:
     """id -> record; images that are just being removed are not shown."""
     return {
         image_id: spec
         for image_id, spec in cls.trash_list(ctx).items()
-        if spec.source != cls.TRASH_REMOVING and spec.state != cls.STATE_REMOVING
+        if spec.source != ftr.SOURCE_REMOVING and spec.state != ftr.STATE_REMOVING
     }
 
 
 def purge(ctx: ObjectContext, before: float) -> None:
     """Removes everything whose time came before `before` (seconds since 1970). ENOTEMPTY as for images."""
     for image_id, spec in cls.trash_list(ctx).items():
-        if spec.deferment_end < before:
+        if cls.seconds(spec.deferment_end_time) < before:
             remove_from_trash(ctx, image_id, force=True)

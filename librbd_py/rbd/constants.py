@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from librbd_py.image import features as _ft
+from librbd_py.format import features as _ft
 
 ECANCELED = 125
 

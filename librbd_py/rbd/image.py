@@ -220,15 +220,15 @@ class Image(ImageSnaps, ImageAio, ImageLocks, ImageMeta):
         if not header.overlap_at(handle.snap_id):
             raise OSError(2, "the image has no parent")
         spec = header.parent
-        ctx = handle.store.open(spec.pool_id, spec.namespace)
+        ctx = handle.store.open(spec.pool_id, spec.pool_namespace)
         snap = cls.read_snapshots(ctx, f"rbd_header.{spec.image_id}", [spec.snap_id])[0]
         return {
             "pool_name": next(row.name for row in handle.store.pools() if row.pool_id == spec.pool_id),
-            "pool_namespace": spec.namespace,
+            "pool_namespace": spec.pool_namespace,
             "image_name": name_by_id(ctx, spec.image_id),
             "snap_name": snap.name,
             "image_id": spec.image_id,
-            "snap_namespace_type": snap.namespace.kind,
+            "snap_namespace_type": snap.namespace.type,
         }
 
     # --- data ------------------------------------------------------------------------------------------------------

@@ -7,15 +7,15 @@ from datetime import datetime
 from typing import Any
 
 from librbd_py.errors import rbd_errors
+from librbd_py.format import header as fh
 from librbd_py.image import cls, snapshots
 from librbd_py.image.flatten import flatten_children
 from librbd_py.image.handle import ImageHandle
-from librbd_py.image.header import UNPROTECTED
 from librbd_py.store.api import NOSNAP
 
 from .common import OnProgress, moment, number, requires_not_closed, text
 from .constants import RBD_SNAP_REMOVE_FLATTEN, RBD_SNAP_REMOVE_UNPROTECT
-from .iterators import ChildIterator, SnapIterator
+from .iterators import ChildIterator, SnapIterator, group_row, mirror_row
 
 
 class ImageSnaps:
@@ -96,13 +96,13 @@ class ImageSnaps:
     def is_protected_snap(self, name: str | bytes) -> bool:
         snap = text(name, "name")
         with rbd_errors(f"error checking if snapshot {self.label}@{name!r} is protected"):
-            return snapshots.find(self.handle.header, snap).protection != UNPROTECTED
+            return snapshots.find(self.handle.header, snap).protection != fh.PROTECTION_UNPROTECTED
 
     @requires_not_closed
     def snap_exists(self, name: str | bytes) -> bool:
         snap = text(name, "name")
         with rbd_errors(f"error getting snapshot exists for {self.label}"):
-            return self.handle.header.snap_named(snap, cls.USER) is not None
+            return self.handle.header.snap_named(snap, fh.NAMESPACE_USER) is not None
 
     @requires_not_closed
     def get_snap_limit(self) -> int:
@@ -146,32 +146,34 @@ class ImageSnaps:
     def snap_get_namespace_type(self, snap_id: int) -> int:
         snap_id = number(snap_id)
         with rbd_errors(f"error getting snapshot namespace type for image: {self.label}, snap_id: {snap_id}"):
-            return snapshots.by_id(self.handle.header, snap_id).namespace.kind
+            return snapshots.by_id(self.handle.header, snap_id).namespace.type
 
     @requires_not_closed
     def snap_get_trash_namespace(self, snap_id: int) -> dict[str, Any]:
         snap_id = number(snap_id)
         with rbd_errors(f"error getting snapshot trash namespace image: {self.label}, snap_id: {snap_id}"):
             namespace = snapshots.by_id(self.handle.header, snap_id).namespace
-            if namespace.kind != cls.TRASH:
+            if not isinstance(namespace, fh.TrashNamespace):
                 raise OSError(errno.EINVAL, "the snapshot is not in the trash")
             return {"original_name": namespace.original_name}
 
     @requires_not_closed
     def snap_get_group_namespace(self, snap_id: int) -> dict[str, Any]:
-        self._no_namespace(snap_id, "group", cls.GROUP)
-        return {}
+        snap_id = number(snap_id)
+        with rbd_errors(f"error getting snapshot group namespace for image: {self.label}, snap_id: {snap_id}"):
+            namespace = snapshots.by_id(self.handle.header, snap_id).namespace
+            if not isinstance(namespace, fh.GroupNamespace):
+                raise OSError(errno.EINVAL, "the snapshot belongs to no group")
+            return group_row(namespace)
 
     @requires_not_closed
     def snap_get_mirror_namespace(self, snap_id: int) -> dict[str, Any]:
-        self._no_namespace(snap_id, "mirror", cls.MIRROR)
-        return {}
-
-    def _no_namespace(self, snap_id: int, what: str, kind: int) -> None:
         snap_id = number(snap_id)
-        with rbd_errors(f"error getting snapshot {what} namespace for image: {self.label}, snap_id: {snap_id}"):
-            found = snapshots.by_id(self.handle.header, snap_id).namespace.kind
-            raise OSError(errno.ENOSYS if found == kind else errno.EINVAL, f"not shown as a {what} snapshot")
+        with rbd_errors(f"error getting snapshot mirror namespace for image: {self.label}, snap_id: {snap_id}"):
+            namespace = snapshots.by_id(self.handle.header, snap_id).namespace
+            if not isinstance(namespace, fh.MirrorNamespace):
+                raise OSError(errno.EINVAL, "the snapshot is not a mirror's")
+            return mirror_row(namespace)
 
     @requires_not_closed
     def set_snap(self, name: str | bytes | None) -> None:

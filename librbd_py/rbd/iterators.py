@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from librbd_py import errors
 from librbd_py.errors import rbd_errors
-from librbd_py.image import clones, directory, locks, metadata, pool, trash
-from librbd_py.image.cls import GROUP, MIRROR, TRASH
+from librbd_py.format import header as fh
+from librbd_py.format import trash as ftr
+from librbd_py.image import clones, cls, directory, locks, metadata, pool, trash
 from librbd_py.store.api import NOSNAP
 
 from .common import context, moment
@@ -48,13 +49,34 @@ class SnapIterator(_Rows):
                     "id": snap.id,
                     "size": snap.size,
                     "name": snap.name,
-                    "namespace": snap.namespace.kind,
+                    "namespace": snap.namespace.type,
                 }
-                if snap.namespace.kind == TRASH:
+                if isinstance(snap.namespace, fh.TrashNamespace):
                     row["trash"] = {"original_name": snap.namespace.original_name}
-                elif snap.namespace.kind in (GROUP, MIRROR):
-                    row["group" if snap.namespace.kind == GROUP else "mirror"] = {}
+                elif isinstance(snap.namespace, fh.GroupNamespace):
+                    row["group"] = group_row(snap.namespace)
+                elif isinstance(snap.namespace, fh.MirrorNamespace):
+                    row["mirror"] = mirror_row(snap.namespace)
                 self._rows.append(row)
+
+
+def group_row(namespace: fh.GroupNamespace) -> dict[str, Any]:
+    return {
+        "pool": namespace.group_pool,
+        "name": namespace.group_id,
+        "snap_name": namespace.group_snapshot_id,
+    }
+
+
+def mirror_row(namespace: fh.MirrorNamespace) -> dict[str, Any]:
+    return {
+        "state": namespace.state,
+        "mirror_peer_uuids": list(namespace.peers),
+        "complete": namespace.complete,
+        "primary_mirror_uuid": namespace.primary_mirror_uuid,
+        "primary_snap_id": namespace.primary_snap_id,
+        "last_copied_object_number": namespace.last_copied_object,
+    }
 
 
 class ChildIterator(_Rows):
@@ -122,13 +144,13 @@ class TrashIterator(_Rows):
         self._rows = [trash_row(image_id, spec) for image_id, spec in listed.items()]
 
 
-def trash_row(image_id: str, spec: Any) -> dict[str, Any]:
+def trash_row(image_id: str, spec: ftr.TrashImageSpec) -> dict[str, Any]:
     return {
         "id": image_id,
         "name": spec.name,
-        "source": trash.SOURCE_NAMES[spec.source] if spec.source < len(trash.SOURCE_NAMES) else "UNKNOWN",
-        "deletion_time": moment(spec.deletion_time),
-        "deferment_end_time": moment(spec.deferment_end),
+        "source": ftr.SOURCE_NAMES.get(spec.source, "unknown").upper(),
+        "deletion_time": moment(cls.seconds(spec.deletion_time)),
+        "deferment_end_time": moment(cls.seconds(spec.deferment_end_time)),
     }
 
 

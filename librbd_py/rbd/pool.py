@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from librbd_py.errors import rbd as exceptions
 from librbd_py.errors import rbd_errors
 from librbd_py.image import cls, directory, metadata, pool, trash
-from librbd_py.image import features as ft
+from librbd_py.image import feature_names as ft
 from librbd_py.image.clones import clone
 
 from .common import OnProgress, context, number, text
