@@ -107,6 +107,13 @@ static bool run_pollers(struct reactor *r)
     return worked;
 }
 
+/* What waits already; for turns of the loop that do not block. Work that never ends must not starve other files. */
+static void look(struct reactor *r)
+{
+    take_events(r, 0);
+    run_events(r);
+}
+
 /* Before blocking. True: somebody found work. */
 static bool pollers_sleep(struct reactor *r)
 {
@@ -168,11 +175,14 @@ static void *reactor_main(void *arg)
         run_posts(r);
         if (r->spin_ns && spin(r))
             continue;
-        if (r->pollers && pollers_sleep(r))
+        if (r->pollers && pollers_sleep(r)) {
+            look(r);
             continue;
+        }
         atomic_store_explicit(&r->sleeping, true, memory_order_seq_cst);
         if (atomic_load_explicit(&r->posts, memory_order_seq_cst)) {
             atomic_store_explicit(&r->sleeping, false, memory_order_relaxed);
+            look(r);
             continue;
         }
         uint64_t begin = now_ns();
