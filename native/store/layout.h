@@ -62,6 +62,7 @@ enum entry_state {
     ENTRY_ABSENT, /* and its range is a hole */
     ENTRY_EXISTS, /* bytes of its range behind `size` are zero */
     ENTRY_STRAY,  /* does not exist, but its range may hold data: being copied up or removed, or that was cut short */
+    ENTRY_REMOVED,/* absent, but the disk may still hold the entry it had: see object_settle() */
 };
 
 static inline uint32_t word_size(uint64_t w) { return (uint32_t)w; }
@@ -255,6 +256,13 @@ void layout_close(struct store *);
 
 /* --- store_embedded.c */
 
+/* Locked, the object does not exist, and is about to be made under `seq`: makes its range a hole. A power cut could
+ * bring back the entry of a removed object without its removal, and with it what is written next as if it were that
+ * object's own content, old enough for a newer snapshot. So where that matters (a higher seq, or `always`), the removal
+ * is made durable first. */
+int object_settle(struct layout *, uint64_t objno, struct entry *, uint64_t seq, bool always);
+/* From absent only: another process may create the object in place meanwhile, without the lock. Then false. */
+bool object_mark_stray(struct layout *, struct entry *);
 int object_create(struct layout *, uint64_t objno, struct entry *, uint64_t size, uint64_t seq); /* locked, absent */
 int object_remove(struct layout *, uint64_t objno, struct entry *);                             /* locked, exists */
 

@@ -104,19 +104,23 @@ static int copy_back(struct layout *l, uint64_t objno, struct entry *e, const st
     uint64_t pos = layout_pos(l, objno), word = atomic_load(&e->word);
     uint32_t seg = layout_seg(l, objno);
     bool copied, exists = word_state(word) == ENTRY_EXISTS;
-    int fd = head_open(l, seg, true);
+    int fd = head_open(l, seg, true), r = 0;
     if (fd < 0)
         return fd;
-    if (!exists)
-        entry_set_word(l, e, word_make(0, ENTRY_STRAY, word_map(word)));
-    int r = file_punch(fd, pos, layout_object_size(l));
+    if (!exists && ((r = object_settle(l, objno, e, seq, true)) < 0 || !object_mark_stray(l, e)))
+        return r < 0 ? r : -EBUSY;
+    if (exists)
+        r = file_punch(fd, pos, layout_object_size(l));
     if (r == 0 && src->fd >= 0)
         r = file_copy(src->fd, pos, fd, pos, src->entry.size, &copied);
     head_dirty(l, seg);
     if (r == 0 && !exists)
         r = layout_sync_data(l);
-    if (r < 0)
+    if (r < 0) {
+        if (!exists)
+            atomic_store(&l->untidy, true);
         return r;
+    }
     entry_set_seq(l, e, seq);
     entry_set_word(l, e, word_make(src->entry.size, ENTRY_EXISTS, index_map_byte(l, objno, true, word_map(word))));
     return 0;

@@ -44,8 +44,8 @@ static void check_entry(struct report *r, uint64_t o, const struct entry *e, uin
     uint32_t size = word_size(word);
     uint8_t state = word_state(word), map = word_map(word);
     bool exists = state == ENTRY_EXISTS;
-    if (state > ENTRY_STRAY)
-        finding(r, "object %" PRIu64 ": state %u is not one of 0, 1, 2", o, state);
+    if (state > ENTRY_REMOVED)
+        finding(r, "object %" PRIu64 ": state %u is not one of 0 to 3", o, state);
     if (state == ENTRY_STRAY)
         finding(r, "object %" PRIu64 ": being created or removed; cleared when the layout is next opened alone", o);
     if (size > layout_object_size(l))

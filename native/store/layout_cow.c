@@ -214,7 +214,9 @@ int rbdn_layout_trim(rbdn_store *s, const uint64_t *live, uint32_t nlive)
             return -EINVAL;
     if (nlive == 0)
         return 0;
-    int r = clones_load(l);
+    int r = layout_make_ready(l); /* a half-removed clone is for recovery to find */
+    if (r == 0)
+        r = clones_load(l);
     while (r == 0 && (n = clones_ids(l, after, ids, 64)) > 0) {
         for (uint32_t k = 0; k < n && r == 0; k++) {
             after = ids[k];

@@ -130,7 +130,7 @@ int layout_recover(struct layout *l)
     struct entry *e;
     for (uint64_t o = 0; (e = index_find(l, o)); o = (o + 1) % 256 ? o + 1 : index_skip_hole(l, o + 1)) {
         uint64_t word = atomic_load_explicit(&e->word, memory_order_relaxed);
-        if (word_state(word) == ENTRY_STRAY)
+        if (word_state(word) == ENTRY_STRAY || word_state(word) == ENTRY_REMOVED)
             entry_set_word(l, e, word_make(0, ENTRY_ABSENT, word_map(word)));
     }
     return 0;

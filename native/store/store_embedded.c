@@ -14,7 +14,7 @@
 /* Sizes, map byte and seq of an object that is about to be written in place, or plainly created. -> 0, -errno or
  * NEED_EXCLUSIVE. Entry before data: an object that exists and reads as zeros is a legal state for whom may create
  * without a copy-up. */
-static int begin_write(struct layout *l, const struct store_op *op, bool exclusive, struct entry **found)
+static int begin_write(struct layout *l, const struct store_op *op, struct entry **found)
 {
     struct entry *e = index_find(l, op->objno);
     uint64_t end = op->off + op->len;
@@ -31,11 +31,12 @@ static int begin_write(struct layout *l, const struct store_op *op, bool exclusi
         } else {
             if (op->flags & STORE_GUARD)
                 return -ENOENT;
-            if (word_state(word) != ENTRY_ABSENT)
-                return exclusive ? -EIO : NEED_EXCLUSIVE;
+            bool raises = op->snapc && op->snapc->seq > seq;
+            if (word_state(word) != ENTRY_ABSENT && (word_state(word) != ENTRY_REMOVED || raises))
+                return NEED_EXCLUSIVE;
             if (!e || !index_allocated(l, op->objno))
                 return NEED_EXCLUSIVE;
-            if (op->snapc)
+            if (raises)
                 entry_set_seq(l, e, op->snapc->seq);
         }
         uint64_t next = word_make(end > size ? (uint32_t)end : size, ENTRY_EXISTS,
@@ -62,7 +63,6 @@ static int write_data(struct layout *l, const struct store_op *op)
     return r;
 }
 
-/* Locked; absent or stray. Leaves a hole behind it, so the entry may be set. */
 static int clear_stray(struct layout *l, uint64_t objno, struct entry *e)
 {
     uint64_t word = atomic_load(&e->word);
@@ -70,20 +70,33 @@ static int clear_stray(struct layout *l, uint64_t objno, struct entry *e)
         return 0;
     int r = head_punch(l, objno, 0, layout_object_size(l));
     if (r == 0)
-        entry_set_word(l, e, word_make(0, ENTRY_ABSENT, word_map(word)));
+        entry_set_word(l, e, word_make(0, ENTRY_REMOVED, word_map(word)));
     else
         atomic_store(&l->untidy, true);
     return r;
 }
 
-/* Locked. Only from absent: another process may create the object in place meanwhile, without the lock. */
-static bool mark_stray(struct layout *l, struct entry *e)
+int object_settle(struct layout *l, uint64_t objno, struct entry *e, uint64_t seq, bool always)
+{
+    int r = clear_stray(l, objno, e);
+    uint64_t word = atomic_load(&e->word);
+    if (r < 0 || word_state(word) != ENTRY_REMOVED)
+        return r;
+    bool raises = seq > atomic_load(&e->seq);
+    entry_set_seq(l, e, seq);
+    if (raises || always)
+        r = layout_fdatasync(l, l->index);
+    if (r == 0)
+        atomic_compare_exchange_strong(&e->word, &word, word_make(0, ENTRY_ABSENT, word_map(word)));
+    return r;
+}
+
+bool object_mark_stray(struct layout *l, struct entry *e)
 {
     uint64_t word = atomic_load(&e->word);
-    bool marked = word_state(word) == ENTRY_ABSENT &&
-                  atomic_compare_exchange_strong(&e->word, &word, word_make(0, ENTRY_STRAY, word_map(word)));
+    bool absent = word_state(word) == ENTRY_ABSENT || word_state(word) == ENTRY_REMOVED;
     atomic_store(&l->index_dirty, true);
-    return marked;
+    return absent && atomic_compare_exchange_strong(&e->word, &word, word_make(0, ENTRY_STRAY, word_map(word)));
 }
 
 /* suspect: bytes may have been written into the range of an absent object. */
@@ -91,16 +104,19 @@ static int write_exclusive(struct layout *l, const struct store_op *op, bool sus
 {
     struct entry *e;
     int r = index_make(l, op->objno, &e);
-    if (r == 0 && suspect)
-        mark_stray(l, e);
-    if (r == 0)
+    if (r < 0)
+        return r;
+    if (suspect && object_mark_stray(l, e))
         r = clear_stray(l, op->objno, e);
+    if (r == 0 && word_state(atomic_load(&e->word)) != ENTRY_EXISTS)
+        r = op->flags & STORE_GUARD ? -ENOENT
+                                    : object_settle(l, op->objno, e, op->snapc ? op->snapc->seq : 0, false);
     if (r == 0)
         r = clones_preserve(l, op->objno, e, op->snapc);
     if (r == 0)
-        r = begin_write(l, op, true, &e);
+        r = begin_write(l, op, &e);
     if (r == NEED_EXCLUSIVE)
-        r = -EIO;
+        r = -EIO; /* a state that does not exist */
     return r < 0 ? r : write_data(l, op);
 }
 
@@ -113,7 +129,7 @@ static int64_t do_write(struct layout *l, const struct store_op *op)
         pthread_rwlock_rdlock(lock);
     else if (pthread_rwlock_tryrdlock(lock) != 0)
         return -EAGAIN;
-    int r = begin_write(l, op, false, &e);
+    int r = begin_write(l, op, &e);
     if (r == 0) {
         r = write_data(l, op);
         /* Removed meanwhile by another process: our bytes must not stay behind in a range without an object. */
@@ -226,7 +242,7 @@ static int64_t inspect(struct layout *l, struct store_op *op)
 
 int object_create(struct layout *l, uint64_t objno, struct entry *e, uint64_t size, uint64_t seq)
 {
-    int r = clear_stray(l, objno, e);
+    int r = object_settle(l, objno, e, seq, false);
     if (r < 0)
         return r;
     entry_set_seq(l, e, seq);
@@ -245,12 +261,11 @@ int object_remove(struct layout *l, uint64_t objno, struct entry *e)
 /* The data is durable before the entry says that it is there, or a cut could show zeros instead of the parent. */
 static int copyup(struct layout *l, const struct store_op *op, struct entry *e)
 {
-    uint64_t word;
-    int r = clear_stray(l, op->objno, e);
+    int r = object_settle(l, op->objno, e, 0, true);
     if (r < 0)
         return r;
-    word = atomic_load(&e->word);
-    if (!mark_stray(l, e))
+    uint64_t word = atomic_load(&e->word);
+    if (!object_mark_stray(l, e))
         return 0; /* created in between, by a process that does not share our locks */
     r = write_data(l, op);
     if (r == 0 && op->len)

@@ -14,7 +14,10 @@ NAMES = sorted(path.stem.removeprefix("test_") for path in HERE.glob("test_*.c")
 @pytest.mark.parametrize("name", NAMES)
 def test_program_passes(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [HERE / "run", "plain", name], env={"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)},
-        capture_output=True, text=True, timeout=120,
+        [HERE / "run", "plain", name],
+        env={"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
