@@ -47,12 +47,13 @@ struct req {
     /* the engine's own until done() */
     struct req *next;
     struct image *image;
-    struct view *view;
+    struct epoch *epoch;
     uint64_t started_ns;
     void *work;
 };
 
-/* Never fails: errors arrive in req->result. Requests parked by the gate wait; they fail only with -ESHUTDOWN. */
+/* Never fails: errors arrive in req->result. Requests parked by the gate wait; they fail only when the image is fenced
+ * or closed. done() may submit again, also from within image_submit(): mind the stack. */
 void image_submit(struct image *, struct req *);
 
 /* Facts a transport tells its peer; they change with a resize (then the export's `changed` callback runs). */
@@ -69,7 +70,8 @@ struct run {
 enum run_flags { RUN_HOLE = 1, RUN_ZERO = 2 };
 int image_runs(struct image *, uint64_t off, uint64_t len, struct run *, uint32_t max);
 
-/* An export holds the image while it serves it. `changed` (size or read-only) runs on the publishing thread. */
+/* An export holds the image while it serves it. `changed` (size or read-only) runs on the publishing thread, one at a
+ * time; it may be NULL, must not block for long and must not call image_get or image_put, which wait for it. */
 struct image_user {
     struct image_user *next;
     void (*changed)(struct image_user *);

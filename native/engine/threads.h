@@ -3,6 +3,7 @@
 #define RBDN_THREADS_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <time.h>
 
@@ -18,8 +19,16 @@ struct timer {
     void (*run)(struct timer *);
     void *owner;
 };
-/* The timer is not set now. It runs once, on any thread, at or after due_ns; it may be set again from run(). */
+/* Runs once, on any thread, at or after due_ns. Setting a timer that is set moves it; run() may set it again. */
 void timer_set(struct timer *, uint64_t due_ns);
+void timer_cancel(struct timer *); /* afterwards it does not run; waits for a run in progress, so not from run() */
+
+/* A thread waits for one event; the flag may vanish as soon as the waiter has seen it. */
+struct flag {
+    _Atomic uint32_t set;
+};
+void flag_set(struct flag *);
+void flag_wait(struct flag *);
 
 static inline uint64_t now_ns(void)
 {

@@ -1,6 +1,10 @@
 /* One thread for all timers: see threads.h. Few are ever set (a throttled image has one), so a sorted list will do. */
+#define _GNU_SOURCE /* syscall */
+#include <linux/futex.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "engine/threads.h"
 
@@ -10,7 +14,7 @@ static struct {
     pthread_mutex_t lock; /* guards everything here */
     pthread_cond_t wake;
     bool running; /* the thread, or the pool's job in its place */
-    struct timer *first;
+    struct timer *first, *busy; /* busy: its run() is running */
     struct job job;
 } timers = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
@@ -25,6 +29,18 @@ static void timers_init(void)
     pthread_condattr_destroy(&attr);
 }
 
+void flag_set(struct flag *f)
+{
+    atomic_store_explicit(&f->set, 1, memory_order_release);
+    syscall(SYS_futex, &f->set, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0); /* f may be gone: then nobody is woken */
+}
+
+void flag_wait(struct flag *f)
+{
+    while (!atomic_load_explicit(&f->set, memory_order_acquire))
+        syscall(SYS_futex, &f->set, FUTEX_WAIT_PRIVATE, 0, NULL, NULL, 0);
+}
+
 static void *timer_main(void *arg)
 {
     pthread_mutex_lock(&timers.lock);
@@ -34,9 +50,12 @@ static void *timer_main(void *arg)
         struct timer *t = timers.first;
         if (t && t->due_ns <= now) {
             timers.first = t->next;
+            timers.busy = t;
             pthread_mutex_unlock(&timers.lock);
             t->run(t);
             pthread_mutex_lock(&timers.lock);
+            timers.busy = NULL;
+            pthread_cond_broadcast(&timers.wake);
             continue;
         }
         uint64_t until = t ? t->due_ns : now + IDLE_S * 1000000000ULL;
@@ -53,10 +72,20 @@ static void timer_job(struct job *j)
     timer_main(NULL);
 }
 
+static void unlink_timer(struct timer *t)
+{
+    struct timer **link = &timers.first;
+    while (*link && *link != t)
+        link = &(*link)->next;
+    if (*link)
+        *link = t->next;
+}
+
 void timer_set(struct timer *t, uint64_t due_ns)
 {
     pthread_once(&once, timers_init);
     pthread_mutex_lock(&timers.lock);
+    unlink_timer(t);
     t->due_ns = due_ns;
     struct timer **link = &timers.first;
     while (*link && (*link)->due_ns <= due_ns)
@@ -65,7 +94,7 @@ void timer_set(struct timer *t, uint64_t due_ns)
     *link = t;
     bool start = !timers.running;
     timers.running = true;
-    pthread_cond_signal(&timers.wake);
+    pthread_cond_broadcast(&timers.wake);
     pthread_mutex_unlock(&timers.lock);
     if (!start)
         return;
@@ -76,4 +105,14 @@ void timer_set(struct timer *t, uint64_t due_ns)
         timers.job.run = timer_job;
         pool_run(&timers.job); /* no thread to be had: borrow one of the pool's */
     }
+}
+
+void timer_cancel(struct timer *t)
+{
+    pthread_once(&once, timers_init);
+    pthread_mutex_lock(&timers.lock);
+    unlink_timer(t);
+    while (timers.busy == t)
+        pthread_cond_wait(&timers.wake, &timers.lock);
+    pthread_mutex_unlock(&timers.lock);
 }

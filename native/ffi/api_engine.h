@@ -29,19 +29,23 @@ typedef struct {
 
 rbdn_view *rbdn_view_new(const rbdn_view_config *c, int *err);
 void rbdn_view_put(rbdn_view *v);
+/* References now: 1 = nobody but the caller, so what the view points at (the store) may go after the caller's put. */
+uint32_t rbdn_view_refs(rbdn_view *v);
 
 int rbdn_runtime_start(unsigned reactors); /* idempotent; 0 = one per core. Library use needs no reactors: not called */
 
 rbdn_image *rbdn_image_new(uint64_t id, rbdn_view *v, int *err); /* takes its own reference */
 /* Publish a new view: requests in flight finish on the old one. Wakes writers parked for the lock when need_lock is off. */
 int rbdn_image_publish(rbdn_image *i, rbdn_view *v);
+/* Waits until no request uses an earlier view (timeout_ms < 0: for ever). New requests go on. -ETIMEDOUT. */
+int rbdn_image_settle(rbdn_image *i, int timeout_ms);
 /* Gate. which: 1 writes (and discards, zeroes, flushes), 3 everything. New requests park; returns 0 when those admitted
- * before have completed, -ETIMEDOUT after timeout_ms (the gate stays closed). Calls nest (a count per class). */
+ * before have completed, -ETIMEDOUT after timeout_ms (< 0: never; the gate stays closed). Calls nest (a count per class). */
 int rbdn_image_block(rbdn_image *i, int which, int timeout_ms);
 int rbdn_image_unblock(rbdn_image *i, int which);
 /* From now on every request, parked ones included, fails with err (-ESHUTDOWN: fenced; -EIO: failed flush). Final. */
 int rbdn_image_fence(rbdn_image *i, int err);
-/* Drains, then frees. -EBUSY while an export holds it. */
+/* Fails who waits at the gate with -ESHUTDOWN, drains, then frees. -EBUSY while an export holds it. */
 int rbdn_image_close(rbdn_image *i);
 
 /* I/O from Python. type: enum req_type; flags: enum req_flags. buf: READ into, else from. Blocks; GIL released. */
