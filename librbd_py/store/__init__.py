@@ -31,5 +31,5 @@ def connect(url: str | None = None) -> Store:
     if not path or (colon and kind != "embedded" and "/" not in kind):
         raise OSError(errno.EINVAL, f"{url!r} names no store; use embedded:/path or memory:name")
     # Imported late: a process that never opens it needs neither SQLite nor the compiled extension.
-    store: Store = importlib.import_module("librbd_py.store.embedded").open_store(path)
+    store: Store = importlib.import_module("librbd_py.store.embedded").EmbeddedStore(path, create=True)
     return store
