@@ -178,9 +178,7 @@ def omap_get(c: sqlite3.Connection, content: int, keys: Sequence[bytes]) -> dict
     return found
 
 
-def omap_rows(
-    c: sqlite3.Connection, content: int, start_after: bytes, prefix: bytes
-) -> Iterator[tuple[bytes, bytes]]:
+def omap_rows(c: sqlite3.Connection, content: int, start_after: bytes, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Ascending keys > start_after (b"": from the first) with the prefix."""
     end = after_prefix(prefix)
     # An empty key exists only for those who start before everything.

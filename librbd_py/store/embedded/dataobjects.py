@@ -191,9 +191,7 @@ class DataTransaction:
             if end > self._layout.object_size or (
                 isinstance(step, record.SetSize) and step.size > self._layout.object_size
             ):
-                raise OSError(
-                    errno.EFBIG, f"{self.oid}: objects of this image have {self._layout.object_size} bytes"
-                )
+                raise OSError(errno.EFBIG, f"{self.oid}: objects of this image have {self._layout.object_size} bytes")
         existed = self._size is not None
         self._apply_keys(changes, existed)
         self.changed_data = any(not is_keys_step(step) for step in changes.steps) or not existed
@@ -232,9 +230,7 @@ class DataTransaction:
             number = side.id
         for step in steps:
             keys_step(self.c, number, step)
-        self.c.execute(
-            "UPDATE objects SET mtime=?, version=? WHERE id=?", (self.now_ns, next_version(self.c), number)
-        )
+        self.c.execute("UPDATE objects SET mtime=?, version=? WHERE id=?", (self.now_ns, next_version(self.c), number))
 
     def _copy_up(self, steps: list[Step]) -> list[Step]:
         """What the class method wrote goes in as one copy-up; the rest of the list follows."""

@@ -186,9 +186,7 @@ class Layouts:
         known = find(c, spec.data_pool, namespace, spec.object_prefix)
         if known is not None:
             if not known.header:
-                c.execute(
-                    "UPDATE layouts SET header_pool=?, header=? WHERE folder=?", (pool, header, known.folder)
-                )
+                c.execute("UPDATE layouts SET header_pool=?, header=? WHERE folder=?", (pool, header, known.folder))
             return
         if spec.order not in ORDERS or spec.object_prefix == "" or not _pool_exists(c, spec.data_pool):
             return

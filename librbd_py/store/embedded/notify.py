@@ -96,9 +96,7 @@ class Dispatcher:
 
     # --- watches
 
-    def watch(
-        self, place: Place, callback: NotifyCallback, error: WatchErrorCallback | None, timeout: int
-    ) -> Watcher:
+    def watch(self, place: Place, callback: NotifyCallback, error: WatchErrorCallback | None, timeout: int) -> Watcher:
         with self._lock:
             self._open()
             watcher = Watcher(place, self._unique(), callback, error, timeout)
@@ -165,7 +163,7 @@ class Dispatcher:
             with self._lock:
                 del self._notifies[notify_id]
         with self._lock:
-            return NotifyReply(dict(state.acks), tuple(sorted(state.waiting)))
+            return NotifyReply(dict(sorted(state.acks.items())), tuple(sorted(state.waiting)))
 
     def _collect(self, state: _Waiting, unsent: list[tuple[int, bytes]], deadline: float) -> None:
         look = RETRY

@@ -200,9 +200,9 @@ class StoredTransaction:
                 keys_step(c, number, step)
 
     def _clone_row(self, number: int, clone_id: int) -> int:
-        row_id: int = self.c.execute(
-            "SELECT id FROM clones WHERE object=? AND clone=?", (number, clone_id)
-        ).fetchone()[0]
+        row_id: int = self.c.execute("SELECT id FROM clones WHERE object=? AND clone=?", (number, clone_id)).fetchone()[
+            0
+        ]
         return row_id
 
     def _restore(self, number: int, clone_id: int) -> None:
@@ -253,20 +253,15 @@ def keys_step(c: sqlite3.Connection, number: int, step: Step) -> None:
 def is_keys_step(step: Step) -> bool:
     return isinstance(
         step,
-        record.PutXattr
-        | record.DropXattr
-        | record.PutOmap
-        | record.DropOmap
-        | record.DropOmapRange
-        | record.ClearOmap,
+        record.PutXattr | record.DropXattr | record.PutOmap | record.DropOmap | record.DropOmapRange | record.ClearOmap,
     )
 
 
 def next_number(c: sqlite3.Connection, counter: str) -> int:
     """A number that was never given before, also not before a crash."""
-    value: int = c.execute(
-        "UPDATE counters SET value=value+1 WHERE name=? RETURNING value", (counter,)
-    ).fetchall()[0][0]
+    value: int = c.execute("UPDATE counters SET value=value+1 WHERE name=? RETURNING value", (counter,)).fetchall()[0][
+        0
+    ]
     return value
 
 

@@ -64,6 +64,11 @@ class Registry:
         with self._db.write() as c:
             c.execute("DELETE FROM watches WHERE gid=?", (gid,))
 
+    def clients(self) -> set[int]:
+        """Those that watch anything."""
+        with self._db.read() as c:
+            return {gid for (gid,) in c.execute("SELECT DISTINCT gid FROM watches")}
+
     def drop_objects(self, places: Iterable[Place]) -> set[int]:
         """Removes every watch of these objects; the gids that had one."""
         gids: set[int] = set()
@@ -73,9 +78,7 @@ class Registry:
             if found is None:
                 continue
             with self._db.write() as c:
-                rows = c.execute(
-                    "DELETE FROM watches WHERE pool=? AND ns=? AND oid=? RETURNING gid", place
-                ).fetchall()
+                rows = c.execute("DELETE FROM watches WHERE pool=? AND ns=? AND oid=? RETURNING gid", place).fetchall()
             gids.update(gid for (gid,) in rows)
         return gids
 

@@ -8,30 +8,27 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+
+from librbd_py.format.lock import EntityAddress
 
 from .. import api
-from ..api import NO_SNAPS, NOSNAP, Client, NativeData, NotifyReply, PoolInfo, PoolStats, SnapContext, WatcherInfo
-from ..executor import check_name, execute_read, execute_write, has_writes
-from ..record import LayoutSpec
-from . import layouts as layout_index
+from ..api import Client, PoolInfo, PoolStats
+from ..executor import check_name
 from . import snaps
 from .client import Presence, address_of, gid_of
-from .dataobjects import DataTransaction, MapTransaction
+from .context import EmbeddedContext
 from .layouts import LayoutRow, Layouts
 from .messages import Fenced, Lost
-from .notify import Dispatcher, Watcher
-from .objects import StoredTransaction, drop_object, next_number
+from .notify import Dispatcher
+from .objects import drop_object, next_number
 from .registry import Place, Registry
-from .schema import SIDE
 from .setup import open_store
 from .steps import step
 
 MAX_POOL_NAME = 256  # bytes
-MAX_TIMEOUT = 1 << 31  # seconds of a watch
-_PAGE = 1000  # object names read at once
+DEFAULT_BLOCKLIST_SECONDS = 3600  # what 0 means
 
 _stores: weakref.WeakSet[EmbeddedStore] = weakref.WeakSet()
 _abandoned: list[object] = []  # connections of a parent process: never touched, never collected
@@ -77,31 +74,40 @@ class EmbeddedStore(api.Store):
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
+        """ESHUTDOWN for a fenced client."""
         self.check_usable()
         with _refusing_big_numbers(), self.db.read() as c:
+            self._check_fence(c)
             yield c
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
+        """ESHUTDOWN for a fenced client."""
         self.check_usable()
         with _refusing_big_numbers(), self.db.write() as c:
+            self._check_fence(c)
             yield c
 
-    def check_allowed(self, c: sqlite3.Connection, pool: int) -> None:
-        """ESHUTDOWN for a fenced client, ENOENT for a pool that is not there."""
-        known, expires = c.execute(
-            "SELECT (SELECT 1 FROM pools WHERE id=?), (SELECT expires FROM blocklist WHERE address=?)",
-            (pool, self.client.address),
+    def _check_fence(self, c: sqlite3.Connection) -> None:
+        if self._is_fenced(c):
+            raise OSError(errno.ESHUTDOWN, f"client {self.client.address} is blocklisted")
+
+    def _is_fenced(self, c: sqlite3.Connection) -> bool:
+        # The second entry stands for every client of the address.
+        row = c.execute(
+            "SELECT max(expires) FROM blocklist WHERE address IN (?,?)", (self.client.address, address_of(0))
         ).fetchone()
-        if expires is not None and expires > time.time():
-            raise OSError(errno.ESHUTDOWN, "this client is blocklisted")
-        if known is None:
+        return row[0] is not None and row[0] > time.time()
+
+    def check_pool(self, c: sqlite3.Connection, pool: int) -> None:
+        """ENOENT."""
+        if c.execute("SELECT 1 FROM pools WHERE id=?", (pool,)).fetchone() is None:
             raise OSError(errno.ENOENT, f"there is no pool {pool}")
 
     def fenced(self) -> bool:
-        with self.reading() as c:
-            row = c.execute("SELECT expires FROM blocklist WHERE address=?", (self.client.address,)).fetchone()
-        return row is not None and row[0] > time.time()
+        self.check_usable()
+        with self.db.read() as c:
+            return self._is_fenced(c)
 
     @property
     def registry(self) -> Registry:
@@ -137,7 +143,7 @@ class EmbeddedStore(api.Store):
         for folder in folders:
             self.layouts.remove_folder(folder)
         if folders:
-            with self.writing() as c:
+            with self.db.write() as c:
                 c.executemany("DELETE FROM trash WHERE folder=?", [(folder,) for folder in folders])
 
     def _finish_what_others_left(self) -> None:
@@ -197,9 +203,13 @@ class EmbeddedStore(api.Store):
     def pool_stats(self, pool_id: int) -> PoolStats:
         """Data of images counts as allocated on disk."""
         with self.reading() as c:
-            self.check_allowed(c, pool_id)
+            self.check_pool(c, pool_id)
             count, size = c.execute(
                 "SELECT count(*), total(size) FROM objects WHERE pool=? AND present", (pool_id,)
+            ).fetchone()
+            clones, cloned = c.execute(
+                "SELECT count(*), total(k.size) FROM clones k JOIN objects o ON o.id=k.object WHERE o.pool=?",
+                (pool_id,),
             ).fetchone()
             rows = [
                 LayoutRow(*row)
@@ -208,7 +218,7 @@ class EmbeddedStore(api.Store):
                     (pool_id,),
                 )
             ]
-        total = int(size)
+        count, total = count + clones, int(size + cloned)
         for row in rows:
             try:
                 with self.layouts.use(row) as layout:
@@ -232,18 +242,23 @@ class EmbeddedStore(api.Store):
 
     def blocklist_add(self, address: str, seconds: int = 3600) -> None:
         """The victim's watches end at once and it is told; an operation it has begun is not undone."""
-        if not address or len(address) > 256:
-            raise OSError(errno.EINVAL, f"{address!r} is no client address")
+        address = _canonical(address)
         now = time.time()
         with self.writing() as c:
             c.execute("DELETE FROM blocklist WHERE expires<=?", (now,))
-            c.execute("INSERT OR REPLACE INTO blocklist VALUES (?,?)", (address, now + seconds))
+            c.execute(
+                "INSERT OR REPLACE INTO blocklist VALUES (?,?)",
+                (address, now + (seconds if seconds > 0 else DEFAULT_BLOCKLIST_SECONDS)),
+            )
         gid = gid_of(address)
-        if gid is not None:
-            self.registry.drop_client(gid)
-            self.dispatcher.tell({gid}, Fenced())
+        victims = self.registry.clients() if gid == 0 else set() if gid is None else {gid}
+        for victim in victims:
+            self.registry.drop_client(victim)
+        if victims:
+            self.dispatcher.tell(victims, Fenced())
 
     def blocklist_remove(self, address: str) -> None:
+        address = _canonical(address)
         with self.writing() as c:
             c.execute("DELETE FROM blocklist WHERE address=?", (address,))
 
@@ -287,232 +302,16 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
+def _canonical(address: str) -> str:
+    try:
+        return EntityAddress.parse(address).text
+    except ValueError as error:
+        raise OSError(errno.EINVAL, str(error)) from None
+
+
 @contextmanager
 def _refusing_big_numbers() -> Iterator[None]:
     try:
         yield
     except OverflowError as error:
         raise OSError(errno.EINVAL, f"a number is out of range: {error}") from error
-
-
-class EmbeddedContext(api.ObjectContext):
-    store: EmbeddedStore
-
-    def __init__(self, store: EmbeddedStore, pool_id: int, namespace: str) -> None:
-        self.store = store
-        self.pool_id = pool_id
-        self.namespace = namespace
-
-    def _place(self, oid: str) -> Place:
-        return (self.pool_id, self.namespace, oid)
-
-    def _watchers(self, oid: str) -> list[WatcherInfo]:
-        return self.store.registry.watchers(self._place(oid))
-
-    @contextmanager
-    def _transaction(
-        self,
-        c: sqlite3.Connection,
-        oid: str,
-        ops: Sequence[Any],
-        header_changed: Callable[[LayoutSpec | None], None] = lambda spec: None,
-    ) -> Iterator[StoredTransaction | DataTransaction]:
-        """What holds this object."""
-        store = self.store
-        store.check_allowed(c, self.pool_id)
-        place = self._place(oid)
-
-        def watchers() -> list[WatcherInfo]:
-            return self._watchers(oid)
-
-        data = layout_index.find_data(c, *place)
-        if data is not None:
-            row, objno = data
-            with store.layouts.use(row) as layout:
-                tx = DataTransaction(
-                    c,
-                    place,
-                    store.client,
-                    time.time_ns(),
-                    row,
-                    objno,
-                    layout,
-                    lambda: store.layouts.mtime_ns(row),
-                    watchers,
-                    copyup=any(isinstance(op, api.Exec) and op.method in ("copyup", "sparse_copyup") for op in ops),
-                    overlaps=any(isinstance(op, api.ListSnaps) for op in ops),
-                )
-                yield tx
-                if tx.changed_data:
-                    store.layouts.mark_dirty(row)
-            return
-        map_of = layout_index.find_map(c, *place)
-        if map_of is not None:
-            with store.layouts.use(map_of) as layout:
-                image_map = MapTransaction(c, place, store.client, time.time_ns(), watchers, header_changed)
-                image_map.layout = layout
-                yield image_map
-            return
-        yield StoredTransaction(c, place, store.client, time.time_ns(), watchers, header_changed)
-
-    def write(self, oid: str, ops: Sequence[Any], snapc: SnapContext = NO_SNAPS) -> list[Any]:
-        """Durable on return, except the data of images, which is durable after the next change of metadata through
-        this store, a flush of the image or close()."""
-        check_name(oid, self.namespace)
-        store = self.store
-        folders: list[int] = []
-        with store.writing() as c:
-
-            def header_changed(spec: LayoutSpec | None) -> None:
-                if spec is not None:
-                    store.layouts.register(c, self._place(oid), spec)
-                    return
-                row = layout_index.of_header(c, *self._place(oid))
-                if row is not None:
-                    store.layouts.unregister(c, row)
-                    folders.append(row.folder)
-
-            with self._transaction(c, oid, ops, header_changed) as tx:
-                results = execute_write(tx, ops, snapc)
-            removed = tx.removed
-            if isinstance(tx, StoredTransaction) and tx.changed:
-                store.layouts.flush_dirty()
-            step("write: before commit")
-        step("write: committed")
-        if removed:
-            store.end_watches([self._place(oid)])
-        store.empty_trash(folders)
-        return results
-
-    def read(self, oid: str, ops: Sequence[Any], snap_id: int = NOSNAP) -> list[Any]:
-        check_name(oid, self.namespace)
-        with self.store.reading() as c, self._transaction(c, oid, ops) as tx:
-            return execute_read(tx, ops, snap_id)
-
-    def exec_ops(self, oid: str, ops: Sequence[Any]) -> list[Any]:
-        return self.write(oid, ops) if has_writes(ops) else self.read(oid, ops)
-
-    def objects(self) -> Iterator[str]:
-        after = ""
-        while True:
-            with self.store.reading() as c:
-                self.store.check_allowed(c, self.pool_id)
-                rows = c.execute(
-                    "SELECT oid, present FROM objects WHERE pool=? AND ns=? AND oid>? AND kind<>? ORDER BY oid LIMIT ?",
-                    (self.pool_id, self.namespace, after, SIDE, _PAGE),
-                ).fetchall()
-            yield from (oid for oid, present in rows if present)
-            if len(rows) < _PAGE:
-                break
-            after = rows[-1][0]
-        with self.store.reading() as c:
-            found = c.execute(
-                "SELECT folder, pool, ns, prefix, objorder, header_pool, header FROM layouts WHERE pool=? AND ns=?",
-                (self.pool_id, self.namespace),
-            ).fetchall()
-        for row in (LayoutRow(*columns) for columns in found):
-            try:
-                with self.store.layouts.use(row) as layout:
-                    yield from (f"{row.prefix}.{number:016x}" for number in layout.objects())
-            except OSError as error:
-                if error.errno != errno.ENOENT:  # removed meanwhile
-                    raise
-
-    # --- snapshots
-
-    def snap_create(self) -> int:
-        with self.store.writing() as c:
-            self.store.check_allowed(c, self.pool_id)
-            return snaps.create(c, self.pool_id)
-
-    def snap_remove(self, snap_id: int) -> None:
-        with self.store.writing() as c:
-            self.store.check_allowed(c, self.pool_id)
-            known = snaps.remove(c, self.pool_id, snap_id, self.store.client.gid)
-        step("snap: recorded as removed")
-        if known:
-            snaps.trim(self.store, self.pool_id, snap_id)
-
-    # --- watches
-
-    def watch(
-        self, oid: str, callback: api.NotifyCallback, error: api.WatchErrorCallback | None = None, timeout: int = 30
-    ) -> EmbeddedWatch:
-        if not 0 < timeout < MAX_TIMEOUT:
-            raise OSError(errno.EINVAL, f"a watch timeout of {timeout} s")
-        self._must_exist(oid)
-        dispatcher = self.store.dispatcher
-        watcher = dispatcher.watch(self._place(oid), callback, error, timeout)
-        try:
-            self._must_exist(oid)  # nobody would have told us, had it been removed just before we were listed
-        except BaseException:
-            dispatcher.unwatch(watcher)
-            raise
-        return EmbeddedWatch(dispatcher, watcher)
-
-    def _must_exist(self, oid: str) -> None:
-        self.read(oid, [api.AssertExists()])
-
-    def notify(self, oid: str, payload: bytes, timeout_ms: int = 5000) -> NotifyReply:
-        self._must_exist(oid)
-        return self.store.dispatcher.notify(self._place(oid), bytes(payload), timeout_ms)
-
-    def notify_ack(self, oid: str, notify_id: int, cookie: int, payload: bytes) -> None:
-        self.store.check_usable()
-        self.store.dispatcher.ack(notify_id, cookie, bytes(payload))
-
-    # --- data for the engine
-
-    def native_data(self, prefix: str, order: int) -> NativeData:
-        """EINVAL when the image has another order or C does not know it; EOPNOTSUPP when ordinary objects of these
-        names cannot become a layout."""
-        check_name(f"{prefix}.{0:016x}", self.namespace)
-        store = self.store
-        with store.reading() as c:
-            store.check_allowed(c, self.pool_id)
-            row = layout_index.find(c, self.pool_id, self.namespace, prefix)
-        if row is None:
-            row = self._register(prefix, order)
-        if row.order != order:
-            raise OSError(errno.EINVAL, f"objects of {prefix} have order {row.order}, not {order}")
-        layout = store.layouts.acquire(row)
-        released = threading.Event()
-
-        def close() -> None:
-            if not released.is_set():
-                released.set()
-                layout.release()
-
-        return NativeData(layout.handle, True, close, layout.own, layout.disown)
-
-    def _register(self, prefix: str, order: int) -> LayoutRow:
-        """For data objects without `rbd.create`: a pool that is being restored, or no image at all (tests)."""
-        if order not in layout_index.ORDERS:
-            raise OSError(errno.EINVAL, f"object order {order}; 12 to 25 are possible")
-        with self.store.writing() as c:
-            row = layout_index.find(c, self.pool_id, self.namespace, prefix)
-            if row is None:
-                header_pool, header = layout_index.header_of(self.pool_id, prefix)
-                if header and layout_index.of_header(c, header_pool, self.namespace, header) is not None:
-                    header_pool, header = self.pool_id, ""
-                fresh = LayoutRow(0, self.pool_id, self.namespace, prefix, order, header_pool, header)
-                row = self.store.layouts.create(c, fresh)
-        return row
-
-
-class EmbeddedWatch(api.Watch):
-    def __init__(self, dispatcher: Dispatcher, watcher: Watcher) -> None:
-        self._dispatcher = dispatcher
-        self._watcher = watcher
-        self._closed = False
-        self.cookie = watcher.cookie
-
-    def check(self) -> float:
-        if self._closed:
-            raise OSError(errno.ENOTCONN, "the watch is closed")
-        return self._dispatcher.check(self._watcher)
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._dispatcher.unwatch(self._watcher)
