@@ -43,11 +43,11 @@ class Presence:
         """Takes the lock. Who finds nobody else alive clears run/ of everything that earlier clients left."""
         guard = self.run.open_file(GUARD, os.O_RDWR | os.O_CREAT)
         try:
-            wait_lock(lambda: _lock(guard), seconds, f"{self.run.path}/{GUARD}")
+            wait_lock(lambda: lock_file(guard), seconds, f"{self.run.path}/{GUARD}")
             self._clear()
             fd = self.run.open_file(f"{self.gid}.lock", os.O_RDWR | os.O_CREAT | os.O_EXCL)
             try:
-                _lock(fd)
+                lock_file(fd)
             except BaseException:
                 os.close(fd)
                 raise
@@ -70,6 +70,12 @@ class Presence:
             for name in names:
                 if name in WATCH_FILES or _NAMES.fullmatch(name):
                     self.run.remove(name)
+
+    def others(self) -> list[int]:
+        """Live clients but this one."""
+        found = (_NAMES.fullmatch(name) for name in self.run.names())
+        gids = [int(match[1]) for match in found if match and match[2] == "lock"]
+        return [gid for gid in gids if gid != self.gid and self.alive(gid)]
 
     def alive(self, gid: int) -> bool:
         if gid == self.gid and self._fd >= 0:
@@ -104,5 +110,5 @@ class Presence:
             self._fd = -1
 
 
-def _lock(fd: int) -> None:
+def lock_file(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))

@@ -1,0 +1,271 @@
+"""Verification of RBD's own rules in an embedded store: directories, headers, parents and children, object maps."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from librbd_py.format import features, names, object_map
+from librbd_py.format.encoding import DecodeError, Decoder, encode_string
+from librbd_py.format.header import Parent, Snap, decode_children, snap_children_key, snap_key
+
+from .. import layout as native
+from . import content
+from .folder import Folder
+from .layouts import of_header
+from .objects import Row, load_row
+from .schema import MAP_IN_LAYOUT
+
+if TYPE_CHECKING:
+    from .check import Checker
+
+T = TypeVar("T")
+_ERROR = "error"
+_WARNING = "warning"
+_REMOVE = "if nobody needs the image, remove it; otherwise add it to the directory again"
+
+
+class Header:
+    """What one rbd_header.<id> says. Damaged values are None and reported once."""
+
+    def __init__(self, checker: ImageChecker, row: Row, place: tuple[int, str, str]) -> None:
+        self.pool, self.namespace, self.oid = place
+        self.image_id = self.oid[len(names.HEADER_PREFIX) :]
+        self._omap = dict(content.omap_rows(checker.c, row.id, b"", b""))
+        self.problems: list[str] = []
+        self.size = self._number(b"size", 8)
+        self.order = self._number(b"order", 1)
+        self.features = self._number(b"features", 8)
+        self.flags = self._number(b"flags", 8) if b"flags" in self._omap else 0
+        self.parent = self._decoded(b"parent", Parent.decode) if b"parent" in self._omap else None
+        self.snaps: dict[int, Snap] = {}
+        for key in self._omap:
+            if key.startswith(b"snapshot_"):
+                snap = self._decoded(key, Snap.decode)
+                if snap is not None and snap_key(snap.id) == key:
+                    self.snaps[snap.id] = snap
+                elif snap is not None:
+                    self.problems.append(f"{key!r} holds snapshot {snap.id}")
+
+    def _number(self, key: bytes, width: int) -> int | None:
+        raw = self._omap.get(key)
+        if raw is None or len(raw) != width:
+            self.problems.append(f"{key.decode()} is {'missing' if raw is None else 'damaged'}")
+            return None
+        return int.from_bytes(raw, "little")
+
+    def _decoded(self, key: bytes, decode: Callable[[bytes], T]) -> T | None:
+        try:
+            return decode(self._omap[key])
+        except DecodeError as error:
+            self.problems.append(f"{key.decode(errors='replace')}: {error.strerror}")
+            return None
+
+    def children(self, snap_id: int) -> list[tuple[int, str, str]]:
+        raw = self._omap.get(snap_children_key(snap_id))
+        if raw is None:
+            return []
+        children = self._decoded(snap_children_key(snap_id), decode_children)
+        return [(child.pool_id, child.pool_namespace, child.image_id) for child in children or ()]
+
+    @property
+    def objects(self) -> int | None:
+        if self.size is None or self.order is None or not 12 <= self.order <= 25:
+            return None
+        return self.size + (1 << self.order) - 1 >> self.order
+
+
+class ImageChecker:
+    def __init__(self, checker: Checker, c: sqlite3.Connection, data: Folder) -> None:
+        self.c = c
+        self._checker = checker
+        self._data = data
+        self._headers: dict[tuple[int, str, str], Header] = {}  # (pool, namespace, image id)
+
+    def _found(self, severity: str, where: str, what: str, advice: str) -> None:
+        self._checker.found(severity, where, what, advice)
+
+    def run(self) -> None:
+        for pool, namespace, oid in self.c.execute(
+            "SELECT pool, ns, oid FROM objects WHERE present AND oid>=? AND oid<?",
+            (names.HEADER_PREFIX, names.HEADER_PREFIX[:-1] + "/"),
+        ).fetchall():
+            row = load_row(self.c, pool, namespace, oid)
+            assert row is not None
+            header = Header(self, row, (pool, namespace, oid))
+            self._headers[pool, namespace, header.image_id] = header
+        spaces = {(pool, namespace) for pool, namespace, _ in self._headers}
+        spaces.update(self.c.execute("SELECT DISTINCT pool, ns FROM objects WHERE oid=?", (names.DIRECTORY,)))
+        for pool, namespace in sorted(spaces):
+            self._directory(pool, namespace)
+        for header in self._headers.values():
+            self._header(header)
+            self._family(header)
+            self._maps(header)
+
+    def _omap(self, pool: int, namespace: str, oid: str) -> Iterator[tuple[bytes, bytes]]:
+        row = load_row(self.c, pool, namespace, oid)
+        if row is None or not row.present:
+            return iter(())
+        return content.omap_rows(self.c, row.id, b"", b"")
+
+    def _directory(self, pool: int, namespace: str) -> None:
+        where = f"pool {pool}{'/' + namespace if namespace else ''}, rbd_directory"
+        by_name: dict[str, str] = {}
+        by_id: dict[str, str] = {}
+        for key, value in self._omap(pool, namespace, names.DIRECTORY):
+            kind, _, rest = key.partition(b"_")
+            if kind not in (b"name", b"id"):
+                continue
+            try:
+                source = Decoder(value)
+                text = source.string()
+                source.finish("directory entry")
+                (by_name if kind == b"name" else by_id)[rest.decode()] = text
+            except (DecodeError, UnicodeDecodeError):
+                self._found(_ERROR, where, f"entry {key!r} is damaged", "remove the entry and add the image again")
+        for name, image_id in by_name.items():
+            if by_id.get(image_id) != name:
+                self._found(
+                    _ERROR, where, f"image {name!r} has id {image_id!r}, which is not {name!r}", "rename the image"
+                )
+            if (pool, namespace, image_id) not in self._headers:
+                self._found(_ERROR, where, f"image {name!r}: header of {image_id!r} is missing", "remove the image")
+            row = load_row(self.c, pool, namespace, names.id_object(name))
+            held = content.read_data(self.c, row.id, 0, row.size) if row and row.present and row.size else b""
+            if held != encode_string(image_id):
+                self._found(
+                    _ERROR,
+                    where,
+                    f"image {name!r}: rbd_id.{name} does not hold its id {image_id!r}",
+                    "remove the image",
+                )
+        for image_id, name in by_id.items():
+            if by_name.get(name) != image_id:
+                self._found(
+                    _ERROR, where, f"id {image_id!r} is called {name!r}, which is another image", "rename the image"
+                )
+        trash = {key[len(b"id_") :].decode(errors="replace") for key, _ in self._omap(pool, namespace, names.TRASH)}
+        for space in self._headers:
+            if space[:2] == (pool, namespace) and space[2] not in by_id and space[2] not in trash:
+                self._found(_WARNING, where, f"image with id {space[2]!r} has a header and no name", _REMOVE)
+
+    def _header(self, header: Header) -> None:
+        for problem in header.problems:
+            self._found(_ERROR, header.oid, problem, "copy what can be read from the image, then remove it")
+        layout = of_header(self.c, header.pool, header.namespace, header.oid)
+        if layout is None:
+            self._found(
+                _WARNING, header.oid, "has no layout: its data objects are ordinary ones", "open the image once"
+            )
+        elif header.order is not None and layout.order != header.order:
+            self._found(
+                _ERROR,
+                header.oid,
+                f"order {header.order}, but its data is laid out with order {layout.order}",
+                "copy what can be read from the image, then remove it",
+            )
+
+    def _family(self, header: Header) -> None:
+        for snap in header.snaps.values():
+            children = header.children(snap.id)
+            if len(children) != snap.child_count:
+                self._found(
+                    _ERROR,
+                    header.oid,
+                    f"snapshot {snap.id} counts {snap.child_count} clones and lists {len(children)}",
+                    "flatten its clones",
+                )
+            for pool, namespace, image_id in children:
+                child = self._headers.get((pool, namespace, image_id))
+                if child is None or not self._is_parent(header, snap.id, child):
+                    self._found(
+                        _WARNING,
+                        header.oid,
+                        f"snapshot {snap.id} lists clone {image_id!r} in pool {pool}, which is none of its clones",
+                        "detach it, or the snapshot cannot be removed",
+                    )
+        parent = header.parent
+        if parent is None or not parent.exists:
+            return
+        spec = parent.spec
+        above = self._headers.get((spec.pool_id, spec.pool_namespace, spec.image_id))
+        if above is None or spec.snap_id not in above.snaps:
+            self._found(
+                _ERROR,
+                header.oid,
+                f"its parent (image {spec.image_id!r}, snapshot {spec.snap_id}, pool {spec.pool_id}) does not exist",
+                "blocks that were never written in the clone are lost; restore the parent from a backup",
+            )
+
+    def _is_parent(self, header: Header, snap_id: int, child: Header) -> bool:
+        spec = child.parent.spec if child.parent is not None else None
+        return spec is not None and (spec.pool_id, spec.pool_namespace, spec.image_id, spec.snap_id) == (
+            header.pool,
+            header.namespace,
+            header.image_id,
+            snap_id,
+        )
+
+    def _maps(self, header: Header) -> None:
+        if header.features is None or not header.features & features.OBJECT_MAP:
+            return
+        if header.flags is None or not header.flags & features.FLAG_OBJECT_MAP_INVALID:
+            self._map(header, names.object_map(header.image_id), header.objects, head=True)
+        for snap in header.snaps.values():
+            if not snap.flags & features.FLAG_OBJECT_MAP_INVALID and header.order is not None:
+                count = snap.image_size + (1 << header.order) - 1 >> header.order
+                self._map(header, names.object_map(header.image_id, snap.id), count, head=False)
+
+    def _map(self, header: Header, oid: str, count: int | None, *, head: bool) -> None:
+        advice = "rebuild the object map"
+        row = load_row(self.c, header.pool, header.namespace, oid)
+        if row is None or not row.present:
+            self._found(_ERROR, oid, "is missing although the image has the object-map feature", advice)
+            return
+        try:
+            if row.kind == MAP_IN_LAYOUT:
+                states = self._kept_map(header)
+            else:
+                states = bytes(object_map.decode(content.read_data(self.c, row.id, 0, row.size) if row.size else b""))
+        except DecodeError as error:
+            self._found(_ERROR, oid, f"is damaged: {error.strerror}", advice)
+            return
+        if states is None:
+            self._found(_ERROR, oid, "the layout has lost it", advice)
+        elif count is not None and len(states) != count:
+            self._found(_ERROR, oid, f"has {len(states)} objects, the image has {count}", advice)
+        if head and states is not None and row.kind != MAP_IN_LAYOUT:
+            self._compare(header, oid, states)
+
+    def _kept_map(self, header: Header) -> bytes | None:
+        row = of_header(self.c, header.pool, header.namespace, header.oid)
+        if row is None:
+            return None
+        try:
+            layout = native.acquire(self._data.fd, str(row.folder), row.order)
+        except OSError:
+            return None  # reported with the layout
+        try:
+            return layout.map_states()
+        finally:
+            layout.release()
+
+    def _compare(self, header: Header, oid: str, states: bytes) -> None:
+        """A map that the layout does not keep may say "absent" of objects that exist: readers would see zeros."""
+        row = of_header(self.c, header.pool, header.namespace, header.oid)
+        if row is None:
+            return
+        try:
+            layout = native.acquire(self._data.fd, str(row.folder), row.order)
+        except OSError:
+            return
+        try:
+            wrong = [o for o in layout.objects() if o >= len(states) or states[o] == object_map.NONEXISTENT]
+        finally:
+            layout.release()
+        if wrong:
+            self._found(
+                _ERROR, oid, f"says that {len(wrong)} objects are absent which exist, from {wrong[0]}", "rebuild it"
+            )
