@@ -119,10 +119,10 @@ def create_header(
     parts = [u64(size), u8(order), u64(features), text(prefix)]
     if data_pool is not None:
         parts.append(Encoder().s64(data_pool).done())
-    ops: list[Op] = [Create(exclusive=True), call("create", *parts)]
+    ctx.write(oid, [Create(exclusive=True), call("create", *parts)])
     if stripe is not None:
-        ops.append(call("set_stripe_unit_count", u64(stripe[0]), u64(stripe[1])))
-    ctx.write(oid, ops)
+        # Of its own: a method does not see what an earlier one of the same op wrote.
+        ctx.write(oid, [call("set_stripe_unit_count", u64(stripe[0]), u64(stripe[1]))])
 
 
 def read_header(ctx: ObjectContext, oid: str, read_only: bool) -> BaseHeader:

@@ -122,12 +122,10 @@ def _object(
     else:
         exists = changed is not False
         extents = [(0, object_size, maps is not None and _present(maps[-1], objno))] if changed else []
-        if not start_id and not exists:
-            snapset = None
     if not exists and not start_id and include_parent and view.parent is not None:
         extents = _of_parent(view, objno)
     if whole and extents:
-        return [(0, object_size, any(data for _, _, data in extents))]
+        return [(0, object_size, exists or any(data for _, _, data in extents))]
     return extents
 
 

@@ -33,16 +33,18 @@ def flatten(handle: ImageHandle, progress: Progress | None = None) -> None:
             handle.data.copyup(objno)
         handle.data.flush()
         if header.snaps and header.has(ft.OBJECT_MAP):
-            maps_of_snapshots(handle, total)
+            maps_of_snapshots(handle)
         with handle.quiesced():
             detach(handle)
             handle.refresh()
     handle.announce()
 
 
-def maps_of_snapshots(handle: ImageHandle, total: int) -> None:
-    """What was copied up belongs to every snapshot: their object maps learn of it."""
+def maps_of_snapshots(handle: ImageHandle) -> None:
+    """What was copied up belongs to every snapshot: their object maps learn of it before the link that explains the
+    difference is gone."""
     header = handle.header
+    total = max(header.layout.objects(header.overlap_at(snap_id)) for snap_id in (NOSNAP, *header.snaps))
     present = [exists(handle.data_ctx, handle.objects.oid(objno)) for objno in range(total)]
     for snap_id in header.snaps:
         with ignoring(errno.ENOENT):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from librbd_py.format import lock as fl
 from librbd_py.format import object_map as fm
-from librbd_py.format.object_map import EXISTS, NONEXISTENT, PENDING
+from librbd_py.format.object_map import EXISTS, EXISTS_CLEAN, NONEXISTENT, PENDING
 from librbd_py.store.api import NOSNAP, Exec, ObjectContext, Op, Read, WriteFull
 
 from . import cls
@@ -93,6 +93,7 @@ class HeadMap(ObjectMapKeeper):
 
     def __init__(self, ctx: ObjectContext, image_id: str, failed: Callable[[OSError], None]) -> None:
         self._ctx = ctx
+        self._image_id = image_id
         self._oid = map_oid(image_id)
         self._failed = failed
         self._states = load(ctx, image_id)
@@ -101,6 +102,18 @@ class HeadMap(ObjectMapKeeper):
     def exists(self, objno: int) -> None:
         if objno < len(self._states) and self._states[objno] != EXISTS:
             self._update(objno, EXISTS, None)
+
+    def copied_up(self, objno: int, snap_ids: Sequence[int]) -> None:
+        """Changed in the oldest snapshot, unchanged since in the others."""
+        for snap_id in snap_ids:
+            state = EXISTS if snap_id == snap_ids[-1] else EXISTS_CLEAN
+            update = call("object_map_update", u64(objno), u64(objno + 1), u8(state), u8(0))
+            try:
+                self._ctx.write(map_oid(self._image_id, snap_id), [update])
+            except OSError as failure:
+                # The snapshot was smaller, or has no map.
+                if failure.errno not in (errno.ERANGE, errno.ENOENT):
+                    self._failed(failure)
 
     def pending(self, objno: int) -> None:
         if objno < len(self._states) and self._states[objno] != NONEXISTENT:

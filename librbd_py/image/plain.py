@@ -7,7 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from librbd_py.store.api import (
@@ -32,6 +32,9 @@ class ObjectMapKeeper:
 
     def exists(self, objno: int) -> None:
         """Called before an object may come into being or change."""
+
+    def copied_up(self, objno: int, snap_ids: Sequence[int]) -> None:
+        """Called before an object comes into being in these snapshots (newest first) too."""
 
     def pending(self, objno: int) -> None:
         """Called before an object is removed."""
@@ -207,6 +210,7 @@ class PlainData:
         if not data:
             return False
         self.object_map.exists(objno)
+        self.object_map.copied_up(objno, view.snapc.ids)
         # An empty snap context: the copy belongs to every snapshot of the child too.
         view.data.ctx.write(view.data.oid(objno), [Exec("rbd", "copyup", data)], NO_SNAPS)
         return True

@@ -84,11 +84,12 @@ def trim(handle: ImageHandle, size: int, progress: Progress | None = None) -> No
         ops: list[Op] = [Truncate(kept)] if kept else [Remove()]
         if progress is not None:
             progress(done, total)
-        if not kept:
-            keeper.pending(objno)
         with ignoring(errno.ENOENT):
             if kept:
                 handle.data_ctx.stat(handle.objects.oid(objno))
+                keeper.exists(objno)
+            else:
+                keeper.pending(objno)
             handle.data_ctx.write(handle.objects.oid(objno), ops, header.snapc)
         if not kept:
             keeper.gone(objno)
