@@ -24,7 +24,7 @@ PYTHON = {
         "librbd_py.native",
         "librbd_py.errors",
     },
-    "librbd_py.rados": {"librbd_py.store", "librbd_py.format", "librbd_py.errors"},
+    "librbd_py.rados": {"librbd_py.store", "librbd_py.format", "librbd_py.errors", "librbd_py.control"},
     "librbd_py.rbd": {
         "librbd_py.image",
         "librbd_py.store",

@@ -16,7 +16,7 @@ from librbd_py.errors import rados_errors
 from librbd_py.store import api
 
 if TYPE_CHECKING:
-    from librbd_py.rados_ioctx import Ioctx
+    from librbd_py.rados.ioctx import Ioctx
 
 LIBRADOS_OPERATION_NOFLAG = 0
 LIBRADOS_OP_FLAG_EXCL = 1

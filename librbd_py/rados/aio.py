@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from librbd_py.rados_ops import (
+from librbd_py.rados.ops import (
     LIBRADOS_OPERATION_NOFLAG,
     AioQueue,
     Completion,
@@ -22,7 +22,7 @@ from librbd_py.rados_ops import (
 )
 
 if TYPE_CHECKING:
-    from librbd_py.rados_ioctx import Ioctx
+    from librbd_py.rados.ioctx import Ioctx
 
 log = logging.getLogger("librbd_py.rados")
 _queue = AioQueue()

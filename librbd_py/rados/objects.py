@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from librbd_py import errors
 from librbd_py.errors import rados_errors
-from librbd_py.rados_ops import XattrIterator, raw, text, unsupported
+from librbd_py.rados.ops import XattrIterator, raw, text, unsupported
 
 if TYPE_CHECKING:
-    from librbd_py.rados_ioctx import Ioctx
+    from librbd_py.rados.ioctx import Ioctx
 
 LIBRADOS_ALL_NSPACES = "\x01"
 WATCH_SECONDS = 30

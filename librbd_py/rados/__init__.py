@@ -18,9 +18,9 @@ from typing import Any
 from librbd_py import errors
 from librbd_py import store as stores
 from librbd_py.errors import MAX_ERRNO, rados_errors
-from librbd_py.rados_ioctx import LIBRADOS_SNAP_HEAD, Ioctx
-from librbd_py.rados_objects import LIBRADOS_ALL_NSPACES, Object, ObjectIterator, Snap, SnapIterator, Watch
-from librbd_py.rados_ops import (
+from librbd_py.rados.ioctx import LIBRADOS_SNAP_HEAD, Ioctx
+from librbd_py.rados.objects import LIBRADOS_ALL_NSPACES, Object, ObjectIterator, Snap, SnapIterator, Watch
+from librbd_py.rados.ops import (
     LIBRADOS_CMPXATTR_OP_EQ,
     LIBRADOS_OP_FLAG_EXCL,
     LIBRADOS_OP_FLAG_FAILOK,

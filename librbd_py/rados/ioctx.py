@@ -12,9 +12,9 @@ from librbd_py import errors
 from librbd_py.errors import rados_errors
 from librbd_py.format import lock as fl
 from librbd_py.format.encoding import NEVER, Time
-from librbd_py.rados_aio import AioOperations, Pending
-from librbd_py.rados_objects import LIBRADOS_ALL_NSPACES, ObjectIterator, Snap, SnapIterator, Watch
-from librbd_py.rados_ops import (
+from librbd_py.rados.aio import AioOperations, Pending
+from librbd_py.rados.objects import LIBRADOS_ALL_NSPACES, ObjectIterator, Snap, SnapIterator, Watch
+from librbd_py.rados.ops import (
     LIBRADOS_OPERATION_NOFLAG,
     Completion,
     OmapIterator,
