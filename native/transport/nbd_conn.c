@@ -240,7 +240,8 @@ static enum nbd_want parse(struct nbd_conn *c)
     enum nbd_want want = NBD_AGAIN;
     while (want == NBD_AGAIN && c->state < NBD_DRAINING) {
         want = parse_one(c);
-        if (c->out_bytes > SEND_BYTES || c->out_count >= SEND_COUNT)
+        /* Not when stalled: run() must see whether there is anything left that could end the stall. */
+        if (want == NBD_AGAIN && (c->out_bytes > SEND_BYTES || c->out_count >= SEND_COUNT))
             send_out(c);
     }
     return want;

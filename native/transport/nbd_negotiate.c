@@ -308,7 +308,7 @@ static enum nbd_want option_complete(struct nbd_conn *c, uint32_t option, const 
 bool nbd_option_skipped(struct nbd_conn *c)
 {
     uint32_t option = c->skipped_option;
-    bool known = option <= NBD_OPT_SET_META_CONTEXT && option != 4 && option != NBD_OPT_STARTTLS;
+    bool known = option && option <= NBD_OPT_SET_META_CONTEXT && option != 4 && option != NBD_OPT_STARTTLS;
     return say(c, option, known ? NBD_REP_ERR_TOO_BIG : NBD_REP_ERR_UNSUP,
                known ? "the option is longer than 65536 bytes" : "this server does not know the option") == NBD_AGAIN;
 }
