@@ -1,7 +1,10 @@
 """The threads of the control plane: one pool per process, so that an idle image costs none.
 
-Threads start when there is work and nobody is free, and end after a few idle seconds. Jobs block for as long as a
-store operation or a notify takes; what waits for time alone (retries) sits in a heap served by one clock thread.
+Threads start when there is work and nobody is free, and end after a few idle seconds. A few are enough: jobs block for
+as long as a store operation or a notify takes. Some block longer (an image drains before it gives its lock up), so when
+work has waited for a moment behind such jobs another thread starts: many slow images must not stop the rest, and a job
+that waits for another one must not wait for ever. What waits for time alone (retries) sits in a heap served by one
+clock thread.
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
-MAX_THREADS = 16
+USUAL_THREADS = 8
+MOST_THREADS = 1024
 IDLE_SECONDS = 5.0
+STALL_SECONDS = 0.05  # how long work waits before a thread beyond the usual number starts
 
 log = logging.getLogger("librbd_py.control")
 Job = Callable[[], None]
@@ -25,10 +31,11 @@ Job = Callable[[], None]
 class Timer:
     """A job for later. `cancel()` may come too late."""
 
-    __slots__ = ("_job", "due")
+    __slots__ = ("_job", "due", "here")
 
-    def __init__(self, due: float, job: Job) -> None:
+    def __init__(self, due: float, job: Job, here: bool) -> None:
         self.due = due  # time.monotonic()
+        self.here = here  # runs on the clock thread itself: a moment's work
         self._job: Job | None = job
 
     def cancel(self) -> None:
@@ -42,8 +49,11 @@ class Timer:
 class ControlPool:
     """Runs jobs in any order, several at a time."""
 
-    def __init__(self, max_threads: int = MAX_THREADS) -> None:
-        self._max = max_threads
+    def __init__(self, usual_threads: int = USUAL_THREADS, most_threads: int = MOST_THREADS) -> None:
+        self._usual = usual_threads
+        self._most = max(most_threads, usual_threads)
+        self._served = 0  # jobs ever begun
+        self._watched = False  # a stall check is due
         self._work = threading.Condition()  # guards jobs, threads, idle
         self._jobs: deque[Job] = deque()
         self._threads = 0
@@ -64,13 +74,32 @@ class ControlPool:
             if self._idle >= len(self._jobs):
                 self._work.notify()
                 return
-            if self._threads >= self._max:
-                return
-            self._threads += 1
+            grow = self._threads < self._usual
+            if grow:
+                self._threads += 1
+            elif not self._watched and self._threads < self._most:
+                self._watched = True
+                self.call_later(STALL_SECONDS, partial(self._relieve, self._served), here=True)
+        if grow:
+            self._start_thread()
+
+    def _start_thread(self) -> None:
         threading.Thread(target=self._serve, name="rbd-control", daemon=True).start()
 
-    def call_later(self, seconds: float, job: Job) -> Timer:
-        timer = Timer(time.monotonic() + seconds, job)
+    def _relieve(self, served: int) -> None:
+        """On the clock thread: one more thread when nothing was begun since the last look and work waits."""
+        with self._work:
+            self._watched = bool(self._jobs) and self._threads < self._most
+            grow = self._watched and self._served == served
+            if grow:
+                self._threads += 1
+            if self._watched:
+                self.call_later(STALL_SECONDS, partial(self._relieve, self._served), here=True)
+        if grow:
+            self._start_thread()
+
+    def call_later(self, seconds: float, job: Job, *, here: bool = False) -> Timer:
+        timer = Timer(time.monotonic() + seconds, job, here)
         with self._clock:
             heapq.heappush(self._timers, (timer.due, next(self._sequence), timer))
             if self._clock_runs:
@@ -91,6 +120,7 @@ class ControlPool:
                         self._threads -= 1
                         return
                 job = self._jobs.popleft()
+                self._served += 1
             try:
                 job()
             except Exception:
@@ -109,8 +139,13 @@ class ControlPool:
                 if wait > 0:
                     self._clock.wait(wait)
                     continue
-                job = heapq.heappop(self._timers)[2].take()
-            if job is not None:
+                timer = heapq.heappop(self._timers)[2]
+                job = timer.take()
+            if job is None:
+                continue
+            if timer.here:
+                job()
+            else:
                 self.submit(job)
 
 

@@ -12,12 +12,12 @@ import errno
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 from librbd_py.control import wire
 from librbd_py.control.driver import HeaderControl
-from librbd_py.control.pool import control_pool
 from librbd_py.format import features as ft
 from librbd_py.format import header as fh
 from librbd_py.format.header import ParentImageSpec
@@ -72,7 +72,7 @@ class ImageHandle:
         self.data_ctx = ctx if pool in (-1, ctx.pool_id) else ctx.store.open(pool, ctx.namespace)
         self.objects = DataObjects(self.data_ctx, header.object_prefix, header.order).open()
         try:
-            self.data: DataPath = make_data(self._view(), self.acquire_lock)
+            self.data: DataPath = make_data(self._view(), self.acquire_lock, self.request_lock)
         except BaseException:
             self._close_objects()
             raise
@@ -239,6 +239,18 @@ class ImageHandle:
         if self.control is None or self._released_by_hand:
             raise OSError(errno.EROFS, "this handle does not take the exclusive lock")
         self.control.acquire()
+
+    def request_lock(self) -> None:
+        """Starts acquiring and returns at once: what waits for the lock starts when the gate opens."""
+        if self._lost is not None or self.control is None or self._released_by_hand:
+            log.warning("image %s: a write waits for the exclusive lock, which this handle does not take", self.id)
+            return
+        self.control.request_acquire().add_done_callback(self._lock_answered)
+
+    def _lock_answered(self, answer: Future[None]) -> None:
+        failure = answer.exception()
+        if failure is not None:
+            log.warning("image %s: a write waits for the exclusive lock in vain: %s", self.id, failure)
 
     def lock_by_hand(self) -> None:
         """lock_acquire: takes the lock and keeps it when others ask. EINVAL: the image has no such feature."""
@@ -449,18 +461,12 @@ def announce(ctx: ObjectContext, oid: str) -> None:
     ctx.notify(oid, wire.header_update(), NOTIFY_MS)
 
 
-def make_data(view: ViewSpec, lock_needed: Callable[[], None]) -> DataPath:
-    """The C engine where every store of the chain has one, else plain Python."""
+def make_data(view: ViewSpec, acquire: Callable[[], None], request: Callable[[], None]) -> DataPath:
+    """The C engine where every store of the chain has one, else plain Python. `acquire` waits for the lock, `request`
+    does not."""
     if all(level.data.native is not None for level in view.chain()):
-        return NativeImage(view, lambda: control_pool().submit(lambda: _take_lock(lock_needed)))
-    return PlainData(view, lock_needed)
-
-
-def _take_lock(lock_needed: Callable[[], None]) -> None:
-    try:
-        lock_needed()
-    except OSError as failure:
-        log.warning("a write waits for the exclusive lock in vain: %s", failure)
+        return NativeImage(view, request)
+    return PlainData(view, acquire)
 
 
 def flush_objects(objects: DataObjects) -> None:

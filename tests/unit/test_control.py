@@ -511,7 +511,7 @@ def test_an_idle_image_costs_no_thread(world: World) -> None:
     assert threading.active_count() <= before
     for control in controls:
         control.acquire(PATIENCE)
-    assert control_pool().threads <= 16
+    assert control_pool().threads <= 16  # usual ones, and a few if the machine is slow
     for control in [*controls, warm]:
         control.close()
     store.close()
