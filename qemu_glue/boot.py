@@ -130,7 +130,7 @@ async def demonstrate(folder: Path) -> None:
     say(f"accelerator: {accel} ({why})")
     store = f"embedded:{folder / 'store'}"
     say(f"importing {disk.name} into rbd/golden, snapshot v1, cloning it twice")
-    with rados.Rados(conffile="", conf={"rbdpy_store": store}) as cluster:
+    with rados.Rados(conf={"rbdpy_store": store}) as cluster:
         prepare(cluster, disk)
 
         def show(text: str) -> None:

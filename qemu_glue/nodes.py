@@ -8,8 +8,7 @@ from typing import Any
 from librbd_py.image.handle import ImageHandle
 from librbd_py.image.resize import resize
 
-from librbd_py import rados
-from librbd_py.store import connect
+from librbd_py.store import connect, default_url
 from librbd_py.store.api import Store
 from qemu_glue.qmp_wire import QMPError
 
@@ -57,7 +56,7 @@ class Node:
     @classmethod
     def open(cls, arguments: dict[str, Any], store_url: str | None) -> Node:
         """Blocks. QMPError or OSError with the reason when the store, pool or image cannot be opened."""
-        url = arguments["conf"] or store_url or rados.default_store()
+        url = arguments["conf"] or store_url or default_url()
         read_only = arguments["read-only"] or arguments["snapshot"] is not None
         store = STORES.take(url)
         try:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from librbd_py import rados
 from librbd_py.cli.output import Rows, Section
 from librbd_py.cli.registry import command, with_format
 from librbd_py.cli.session import Failure, Session
+from librbd_py.store import default_url
 
 
 def with_repair(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def with_repair(parser: argparse.ArgumentParser) -> None:
 def check(session: Session) -> None:
     from librbd_py.store.embedded import check as checker
 
-    url = session.options.store or rados.default_store()
+    url = session.options.store or default_url()
     path = url.removeprefix("embedded:")
     try:
         findings = checker.check(path, repair=session.options.repair)

@@ -66,7 +66,7 @@ class Session:
     def cluster(self) -> rados.Rados:
         if self._cluster is None:
             conf = {"rbdpy_store": self.options.store} if self.options.store else None
-            self._cluster = rados.Rados(conffile="", conf=conf)
+            self._cluster = rados.Rados(conf=conf)
             try:
                 self._cluster.connect()
             except (OSError, rados.Error) as error:

@@ -1,7 +1,7 @@
 """The C engine as a data path: views go in, requests go in, completions and events come out.
 
-A call that waits gives up the GIL; an asynchronous one is completed by a single reaper thread for the whole process. Source:
-native/ffi/api_engine.h. Failures are OSError with the engine's errno.
+A call that waits gives up the GIL; an asynchronous one is completed by a single reaper thread for the whole process.
+Source: native/ffi/api_engine.h. Failures are OSError with the engine's errno.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ _IDS = itertools.count(1)
 
 
 class NativeImage:
-    """One image in the engine. `lock_needed` runs on the event thread when a write waits for the exclusive lock; it must
-    not block. States: open -> closed; after close() every call raises EBADF."""
+    """One image in the engine. `lock_needed` runs on the event thread when a write waits for the exclusive lock; it
+    must not block. States: open -> closed; after close() every call raises EBADF."""
 
     def __init__(self, spec: ViewSpec, lock_needed: Callable[[], None]) -> None:
         self.id = next(_IDS)
@@ -248,8 +248,8 @@ class NativeImage:
     # --- requests that complete later
 
     def aio(self, kind: int, offset: int, length: int, buffer: Any, callback: Callback, flags: int = 0) -> None:
-        """Starts a request; `callback(result, mismatch)` runs once, on the reaper thread. `buffer` (bytes, or a bytearray to
-        read into) is kept until then. OSError: not started, no callback."""
+        """Starts a request; `callback(result, mismatch)` runs once, on the reaper thread. `buffer` (bytes, or a
+        bytearray to read into) is kept until then. OSError: not started, no callback."""
         size = len(buffer) if buffer is not None else 0
         pointer = ffi.from_buffer(buffer) if size else ffi.NULL
         token = REAPER.expect(callback, (buffer, pointer))
@@ -261,7 +261,7 @@ class NativeImage:
     # --- facts
 
     def runs(self, offset: int, length: int, most: int = 1024) -> list[tuple[int, int]]:
-        """(length, RUN_HOLE | RUN_ZERO) in order from `offset`; fewer than the range when there are more than `most`."""
+        """(length, RUN_HOLE | RUN_ZERO) in order from `offset`; short of the range when there are more than `most`."""
         found = ffi.new("rbdn_run[]", most)
         count = check(lib.rbdn_image_runs(self.pointer, offset, length, found, most), "allocation of the image")
         return [(found[at].len, found[at].flags) for at in range(count)]

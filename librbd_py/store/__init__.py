@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import os
 
 from .api import Store
 
 DEFAULT_STORE = "embedded:/var/lib/rbdpy"
 STORE_VARIABLE = "RBDPY_STORE"
+
+
+def default_url() -> str:
+    """$RBDPY_STORE, else /var/lib/rbdpy."""
+    return os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
 
 
 def connect(url: str | None = None) -> Store:
@@ -19,7 +23,7 @@ def connect(url: str | None = None) -> Store:
     process, for tests. None: $RBDPY_STORE, else /var/lib/rbdpy. EINVAL for anything else, EOPNOTSUPP for Ceph.
     """
     if url is None:
-        url = os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
+        url = default_url()
     kind, colon, rest = url.partition(":")
     if colon and kind == "memory":
         from .memory import MemoryStore, named_cluster
@@ -31,5 +35,6 @@ def connect(url: str | None = None) -> Store:
     if not path or (colon and kind != "embedded" and "/" not in kind):
         raise OSError(errno.EINVAL, f"{url!r} names no store; use embedded:/path or memory:name")
     # Imported late: a process that never opens it needs neither SQLite nor the compiled extension.
-    store: Store = importlib.import_module("librbd_py.store.embedded").EmbeddedStore(path, create=True)
-    return store
+    from .embedded import EmbeddedStore
+
+    return EmbeddedStore(path, create=True)
