@@ -33,7 +33,7 @@ struct fake_job {
     struct req *req;
 };
 
-static struct image *fake_image_new(uint64_t size, uint64_t capacity)
+static inline struct image *fake_image_new(uint64_t size, uint64_t capacity)
 {
     struct image *i = calloc(1, sizeof *i);
     pthread_mutex_init(&i->lock, NULL);
@@ -44,14 +44,14 @@ static struct image *fake_image_new(uint64_t size, uint64_t capacity)
     return i;
 }
 
-static void fake_image_free(struct image *i)
+static inline void fake_image_free(struct image *i)
 {
     pthread_mutex_destroy(&i->lock);
     free(i->data);
     free(i);
 }
 
-static int64_t fake_execute(struct image *i, struct req *r)
+static inline int64_t fake_execute(struct image *i, struct req *r)
 {
     uint64_t at = r->off, total = 0;
     for (uint32_t n = 0; n < r->iovcnt; n++)
@@ -81,7 +81,7 @@ static int64_t fake_execute(struct image *i, struct req *r)
     }
 }
 
-static void fake_run(struct image *i, struct req *r)
+static inline void fake_run(struct image *i, struct req *r)
 {
     pthread_mutex_lock(&i->lock);
     int fail = i->fail;
@@ -97,7 +97,7 @@ static void fake_run(struct image *i, struct req *r)
     r->done(r);
 }
 
-static void fake_job_run(struct job *j)
+static inline void fake_job_run(struct job *j)
 {
     struct fake_job *f = j->owner;
     struct image *i = f->image;
@@ -127,8 +127,25 @@ void image_submit(struct image *i, struct req *r)
     pool_run(&f->job);
 }
 
+static inline int fake_image_set(struct image *i, bool *what, bool value)
+{
+    pthread_mutex_lock(&i->lock);
+    *what = value;
+    pthread_mutex_unlock(&i->lock);
+    return 0;
+}
+
+static inline int fake_image_fail(struct image *i, int requests, int runs)
+{
+    pthread_mutex_lock(&i->lock);
+    i->fail = requests;
+    i->runs_fail = runs;
+    pthread_mutex_unlock(&i->lock);
+    return 0;
+}
+
 /* Requests held so far are done, in order, on the calling thread. */
-static unsigned fake_image_release(struct image *i, bool hold_further)
+static inline unsigned fake_image_release(struct image *i, bool hold_further)
 {
     unsigned n = 0;
     pthread_mutex_lock(&i->lock);
@@ -145,7 +162,7 @@ static unsigned fake_image_release(struct image *i, bool hold_further)
     return n;
 }
 
-static unsigned fake_image_waiting(struct image *i)
+static inline unsigned fake_image_waiting(struct image *i)
 {
     unsigned n = 0;
     pthread_mutex_lock(&i->lock);
@@ -213,7 +230,7 @@ void image_put(struct image *i, struct image_user *u)
     pthread_mutex_unlock(&i->lock);
 }
 
-static void fake_image_change(struct image *i, uint64_t size, bool read_only)
+static inline void fake_image_change(struct image *i, uint64_t size, bool read_only)
 {
     pthread_mutex_lock(&i->lock);
     i->size = size < i->capacity ? size : i->capacity;

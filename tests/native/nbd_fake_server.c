@@ -89,20 +89,22 @@ static int command(rbdn_nbd_server *server, struct image *image, char *line, cha
         return 0;
     }
     if (sscanf(line, "hold %u", &a) == 1)
-        return a ? (image->held = true, 0) : (int)fake_image_release(image, false);
+        return a ? fake_image_set(image, &image->held, true) : (int)fake_image_release(image, false);
     if (!strcmp(line, "release"))
         return (int)fake_image_release(image, true);
     if (!strcmp(line, "waiting"))
         return (int)fake_image_waiting(image);
     if (sscanf(line, "pooled %u", &a) == 1)
-        return image->pooled = a, 0;
+        return fake_image_set(image, &image->pooled, a);
     if (sscanf(line, "fail %u %u", &a, &b) == 2)
-        return image->fail = a, image->runs_fail = b, 0;
+        return fake_image_fail(image, a, b);
     if (!strcmp(line, "counts")) {
+        pthread_mutex_lock(&image->lock);
         snprintf(answer, room, " %llu %llu %llu %llu %llu %llu %llu", (unsigned long long)image->count[REQ_READ],
                  (unsigned long long)image->count[REQ_WRITE], (unsigned long long)image->count[REQ_DISCARD],
                  (unsigned long long)image->count[REQ_WRITE_ZEROES], (unsigned long long)image->count[REQ_FLUSH],
                  (unsigned long long)image->unmapped, (unsigned long long)image->fua);
+        pthread_mutex_unlock(&image->lock);
         return 0;
     }
     if (sscanf(line, "stats %u", &id) == 1 && id < EXPORTS && exports[id]) {

@@ -18,6 +18,8 @@ FLAGS = {
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
     "tsan": ["-O1", "-fsanitize=thread", "-Wno-tsan"],
 }
+MODE = os.environ.get("NBD_TEST_MODE", "plain")
+MEMORY_FACTOR = {"plain": 1, "asan": 3, "tsan": 8}[MODE]  # what the sanitizer adds to every byte
 EVENT_EXPORT_DISCONNECTED, EVENT_EXPORT_BROKEN, EVENT_EXPORT_STOPPED = 4, 5, 6
 
 
@@ -47,9 +49,8 @@ class FakeServer:
     def __init__(self, folder: Path, *, size: int = 16 << 20, reactors: int = 2, max_connections: int = 64) -> None:
         self.socket = folder / "nbd.sock"
         self.size = size
-        mode = os.environ.get("NBD_TEST_MODE", "plain")
         self.process = subprocess.Popen(
-            [build(mode), self.socket, str(size), str(reactors), str(max_connections)],
+            [build(MODE), self.socket, str(size), str(reactors), str(max_connections)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "ASAN_OPTIONS": "detect_leaks=1"},
         )
         self.ended = False

@@ -11,7 +11,7 @@ import pytest
 from nbd_client import (
     BLOCK_STATUS, DISC, ESHUTDOWN, FLUSH, OPT_GO, READ, WRITE, Client, Closed, name_option, option, request,
 )
-from nbd_fake import EVENT_EXPORT_BROKEN, EVENT_EXPORT_DISCONNECTED, EVENT_EXPORT_STOPPED, FakeServer
+from nbd_fake import EVENT_EXPORT_BROKEN, EVENT_EXPORT_DISCONNECTED, EVENT_EXPORT_STOPPED, MEMORY_FACTOR, FakeServer
 
 MIB = 1 << 20
 
@@ -134,7 +134,7 @@ def test_client_that_does_not_read_replies_is_held_back(nbd: FakeServer) -> None
         until(lambda: nbd.ask("counts")[1] >= 50, "the server reads ahead")
         assert other.read(0, MIB) == bytes(MIB)
         assert nbd.ask("counts")[1] < 100
-        assert nbd.rss() - before < 80 * MIB
+        assert nbd.rss() - before < 80 * MIB * MEMORY_FACTOR
         for cookie in reads:
             assert c.reply().cookie == cookie
 
@@ -152,7 +152,7 @@ def test_engine_that_does_not_answer_bounds_what_is_read(nbd: FakeServer) -> Non
         except TimeoutError:
             pass
         assert 50 < sent < 400
-        assert nbd.rss() - before < 80 * MIB
+        assert nbd.rss() - before < 80 * MIB * MEMORY_FACTOR
         waiting = nbd.do("waiting")
         assert 50 < waiting < 250
     nbd.do("hold 0")
@@ -178,7 +178,7 @@ def test_idle_connections_hold_little_memory(nbd: FakeServer) -> None:
         for n in range(32):
             c.reply()
         c.write(0, bytes(2 * MIB))
-    until(lambda: nbd.rss() - base < 40 * 64 * 1024, "buffers go back to the system")
+    until(lambda: nbd.rss() - base < 40 * 64 * 1024 * MEMORY_FACTOR, "buffers go back to the system")
     for c in clients + more:
         assert c.read(0, 4096) == bytes(4096)
         c.close()
