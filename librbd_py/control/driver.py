@@ -90,6 +90,7 @@ class HeaderControl:
         self._announcements: deque[tuple[bytes, int]] = deque()  # payload, op to report (0: none)
         self._announcing = False
         self._refresh_queued = False
+        self._listeners: list[Callable[[], None]] = []
 
     # --- for users -------------------------------------------------------------------------------------------------
 
@@ -204,6 +205,18 @@ class HeaderControl:
         """Tells every watcher that the header changed; returns when those that live have acked."""
         self.ctx.notify(self.header_oid, wire.header_update(), NOTIFY_MS)
 
+    def on_update(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """`listener()` runs on a control thread after each refresh of the header. Returns what ends it."""
+        with self._mutex:
+            self._listeners.append(listener)
+
+        def remove() -> None:
+            with self._mutex:
+                if listener in self._listeners:
+                    self._listeners.remove(listener)
+
+        return remove
+
     def fenced(self, code: int = errno.ESHUTDOWN) -> None:
         """The data path was told that this client is fenced."""
         self._lock_event(le.Fenced(code))
@@ -251,8 +264,11 @@ class HeaderControl:
         with self._mutex:
             self._refresh_queued = False
             gone = self._closed.done()
+            listeners = list(self._listeners)
         if not gone:
             self._callbacks.header_updated()
+            for listener in listeners:
+                listener()
         return []
 
     def _peer_op(self, message: nf.Message, notify_id: int, cookie: int) -> list[Job]:

@@ -125,6 +125,11 @@ class ImageHandle:
             self.refresh()
         return self._header
 
+    @property
+    def stale(self) -> bool:
+        """Whether the next look at `header` has to read it."""
+        return self.control is not None and self.control.header_seq != self._seen_seq
+
     def refresh(self) -> Header:
         """Reads the header again and publishes what follows from it."""
         with self._state:
