@@ -22,7 +22,7 @@ def flatten(handle: ImageHandle, progress: Progress | None = None) -> None:
     """
     if handle.read_only:
         raise OSError(errno.EROFS, "the image is open read-only")
-    if handle.snap_id != NOSNAP or not handle.header.overlap_at(NOSNAP):
+    if handle.snap_id != NOSNAP or not handle.header.head_has_parent:
         raise OSError(errno.EINVAL, "the image has no parent")
     with handle.exclusive() as header:
         overlap = header.overlap_at(NOSNAP)
@@ -59,21 +59,10 @@ def maps_of_snapshots(handle: ImageHandle) -> None:
 
 def detach(handle: ImageHandle) -> None:
     """Ends the link of HEAD to its parent; of the child to the parent when no snapshot needs it either."""
-    header = handle.header
-    spec = header.parent
-    keeps = not header.has(ft.DEEP_FLATTEN) and any(snap.parent_overlap for snap in header.snaps.values())
-    if not keeps:
-        detach_child(handle, spec)
+    before = handle.header
     with ignoring(errno.ENOENT):
         handle.ctx.exec(handle.oid, "rbd", "parent_detach")
-    if not keeps and header.op_features & ft.OP_CLONE_CHILD:
-        clear_child_bit(handle)
-
-
-def clear_child_bit(handle: ImageHandle) -> None:
-    from .cls import u64
-
-    handle.ctx.exec(handle.oid, "rbd", "op_features_set", u64(0) + u64(ft.OP_CLONE_CHILD))
+    detach_child(handle, before)
 
 
 def flatten_children(handle: ImageHandle, snap_id: int) -> None:

@@ -441,8 +441,13 @@ class ImageHandle:
                     self.control.close()
                 except OSError as problem:
                     failure = problem
-            self.data.close()
-            self.closed = True
+            with self._state:
+                self.closed = True  # nothing is published from here on
+            try:
+                self.data.close()
+            except OSError:
+                self.closed = False
+                raise
             self._close_objects()
         if failure is not None and self._lost is None and not self.gone:
             raise failure

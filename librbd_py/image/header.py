@@ -62,6 +62,11 @@ class Header:
     def flags_at(self, snap_id: int) -> int:
         return self.flags if snap_id == NOSNAP else self.snaps[snap_id].flags
 
+    @property
+    def head_has_parent(self) -> bool:
+        """HEAD is tied to a parent, be it by no byte any more (after a shrink)."""
+        return self.parent.exists and self.parent_overlap is not None
+
     def overlap_at(self, snap_id: int) -> int:
         """Bytes of the parent seen at this snapshot or HEAD; 0 when none."""
         if not self.parent.exists:

@@ -16,7 +16,7 @@ from . import cls, object_map
 from .cls import Snapshot, call, text, u8, u64
 from .directory import Progress
 from .handle import ImageHandle, announce
-from .header import Header
+from .header import Header, header_oid
 from .objects import ignoring
 from .resize import resize
 
@@ -110,37 +110,42 @@ def _remove_now(handle: ImageHandle, snap: Snapshot) -> None:
             object_map.invalidate(handle.ctx, handle.oid, [newer], ft.FLAG_FAST_DIFF_INVALID)
         handle.take_map()
     with handle.quiesced():
-        last_with_parent = header.parent.exists and not header.overlap_at(NOSNAP)
-        if last_with_parent and not any(other.parent_overlap for other in header.snaps.values() if other.id != snap.id):
-            # HEAD is flat already: with this snapshot goes the last need for the parent.
-            detach_child(handle, header.parent)
         handle.ctx.exec(handle.oid, "rbd", "snapshot_remove", u64(snap.id))
-        handle.refresh()
+        detach_child(handle, header)
     handle.data_ctx.snap_remove(snap.id)
 
 
-def detach_child(handle: ImageHandle, parent: ParentImageSpec) -> None:
-    """Tells the parent that this image is no longer its clone; removes the parent's snapshot when it was only kept in
-    the trash for us."""
-    store = handle.store
+def detach_child(handle: ImageHandle, before: Header) -> None:
+    """After a change that may have cut the last tie to the parent: if so, tells the parent that this image is no
+    longer its clone, and removes the parent's snapshot when it was kept in the trash for us alone.
+
+    In this order a crash in between leaves a snapshot that knows a clone too many; the other way round it would leave
+    a clone that cannot be opened. `before`: the header before that change.
+    """
+    after = handle.refresh()
+    parent = before.parent
+    if not parent.exists or after.parent.exists:
+        return
     child = ChildImageSpec(handle.ctx.pool_id, handle.id, handle.ctx.namespace)
     with ignoring(errno.ENOENT):
-        parent_ctx = store.open(parent.pool_id, parent.pool_namespace)
-        if handle.header.op_features & ft.OP_CLONE_CHILD:
-            oid = f"rbd_header.{parent.image_id}"
-            with ignoring(errno.ENOENT):
-                parent_ctx.exec(oid, "rbd", "child_detach", u64(parent.snap_id) + cls.encoded(child))
-            announce(parent_ctx, oid)
-            remove_trashed(parent_ctx, parent)
-        else:
-            key = cls.parent_key(parent)
-            handle.ctx.exec(names.CHILDREN, "rbd", "remove_child", key + text(handle.id))
+        if not before.op_features & ft.OP_CLONE_CHILD:
+            handle.ctx.exec(names.CHILDREN, "rbd", "remove_child", cls.parent_key(parent) + text(handle.id))
+            return
+        parent_ctx = handle.store.open(parent.pool_id, parent.pool_namespace)
+        oid = header_oid(parent.image_id)
+        with ignoring(errno.ENOENT):
+            parent_ctx.exec(oid, "rbd", "child_detach", u64(parent.snap_id) + cls.encoded(child))
+        if after.op_features & ft.OP_CLONE_CHILD:
+            bit = u64(0) + u64(ft.OP_CLONE_CHILD)
+            handle.ctx.exec(handle.oid, "rbd", "op_features_set", bit)
+        announce(parent_ctx, oid)
+        remove_trashed(parent_ctx, parent)
 
 
 def remove_trashed(ctx: ObjectContext, parent: ParentImageSpec) -> None:
     """Removes a snapshot that waited in the trash for its last clone to go. Failing to leaves it there."""
     try:
-        snap = cls.read_snapshots(ctx, f"rbd_header.{parent.image_id}", [parent.snap_id])[0]
+        snap = cls.read_snapshots(ctx, header_oid(parent.image_id), [parent.snap_id])[0]
         if snap.namespace.type == fh.NAMESPACE_TRASH and not snap.children:
             with ImageHandle.open(ctx, image_id=parent.image_id) as handle:
                 remove(handle, parent.snap_id)

@@ -372,8 +372,9 @@ class Program:
 
     def flatten(self) -> None:
         name, _, image = self.pick()
-        self.note("flatten", name, image.overlap())
-        if image.overlap():
+        tied = image.handle.header.head_has_parent
+        self.note("flatten", name, tied, image.overlap())
+        if tied:
             image.flatten()
             if image.overlap():
                 raise Wrong(f"{name} has an overlap of {image.overlap()} after flatten")

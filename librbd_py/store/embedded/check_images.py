@@ -71,9 +71,18 @@ class Header:
 
     @property
     def objects(self) -> int | None:
-        if self.size is None or self.order is None or not 12 <= self.order <= 25:
+        return None if self.size is None else self.objects_of(self.size)
+
+    def objects_of(self, size: int) -> int | None:
+        """How many data objects an image of `size` bytes has in this one's layout: a striped one starts all objects
+        of a set at once."""
+        if self.order is None or not 12 <= self.order <= 25:
             return None
-        return self.size + (1 << self.order) - 1 >> self.order
+        unit, count = 1 << self.order, 1
+        if b"stripe_unit" in self._omap:
+            unit, count = self._number(b"stripe_unit", 8) or unit, self._number(b"stripe_count", 8) or count
+        sets, rest = divmod(size, count << self.order)
+        return sets * count + min(count, -(-rest // unit))
 
 
 class ImageChecker:
@@ -215,7 +224,7 @@ class ImageChecker:
             self._map(header, names.object_map(header.image_id), header.objects, head=True)
         for snap in header.snaps.values():
             if not snap.flags & features.FLAG_OBJECT_MAP_INVALID and header.order is not None:
-                count = snap.image_size + (1 << header.order) - 1 >> header.order
+                count = header.objects_of(snap.image_size)
                 self._map(header, names.object_map(header.image_id, snap.id), count, head=False)
 
     def _map(self, header: Header, oid: str, count: int | None, *, head: bool) -> None:
