@@ -30,7 +30,7 @@ class Disk:
     reconnect: int = 1  # seconds between attempts (vhost-user) or reconnect-delay (NBD); 0 = never
 
     def arguments(self, number: int) -> list[str]:
-        boot = f",bootindex={number}"
+        boot = f",bootindex={number + 1}"  # 0 is the option ROM of -kernel
         if self.kind == "vhost-user":
             again = f",reconnect={self.reconnect}" if self.reconnect else ""
             return [

@@ -1,0 +1,136 @@
+"""`make bench`: every row of the goals that one machine can measure, beside its named peer, in one run.
+
+    python -m tests.bench [--pairs N] [--seconds S] [--only TEXT] [--write]
+
+With --write the table and the picture in tests/bench/results are replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from librbd_py import rados, rbd
+from tests.bench import loads, report, scale, servers
+from tests.bench.pairs import Load, Row, measure
+
+MIB = 1 << 20
+SIZE = 256 * MIB
+IMAGE = "bench"
+
+
+class Place:
+    """A folder with a raw file and an image of the same size and content, filled alike: 64 KiB at a time, synced.
+
+    Fills in larger steps would leave large folios in the page cache, which make 4 KiB overwrites several times dearer
+    for whoever is measured second."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.raw = folder / "raw"
+        self.store = folder / "store"
+        piece = os.urandom(64 << 10)
+        with self.raw.open("wb", buffering=0) as raw:
+            for _ in range(SIZE // len(piece)):
+                raw.write(piece)
+            os.fsync(raw.fileno())
+        with (
+            rados.Rados(conf={"rbdpy_store": str(self.store)}) as cluster,
+            cluster.open_ioctx("rbd") as ioctx,
+        ):
+            rbd.RBD().create(ioctx, IMAGE, SIZE)
+            with rbd.Image(ioctx, IMAGE) as image:
+                for offset in range(0, SIZE, len(piece)):
+                    image.write(piece, offset)
+                image.flush()
+
+
+def vhost_rows(place: Place, pairs: int, seconds: float, only: str) -> list[Row]:
+    plan: list[tuple[str, Load, str, str]] = [
+        ("vhost-user 4 KiB randread QD32", loads.vufe("randread", 32, 4096, SIZE, cpu=0), "2x", "3.5x"),
+        ("vhost-user 4 KiB randwrite QD32", loads.vufe("randwrite", 32, 4096, SIZE, cpu=0), "2.5x", "4x"),
+        ("vhost-user 4 KiB randread QD1", loads.vufe("randread", 1, 4096, SIZE, cpu=0), "1.25x", "2.5x"),
+        ("vhost-user 4 KiB randread QD1, polling", loads.vufe("randread", 1, 4096, SIZE, 0, True), "1.4x", "2.2x"),
+        ("vhost-user 1 MiB read QD4", loads.vufe("read", 4, MIB, SIZE, cpu=0), "1x", "1.3x"),
+        ("vhost-user 1 MiB write QD4", loads.vufe("write", 4, MIB, SIZE, cpu=0), "1x", "1.3x"),
+    ]
+    rows = []
+    for name, load, must, aim in plan:
+        if only not in name:
+            continue
+        with (
+            servers.ours("vhost", place.folder, place.store, IMAGE, {1}) as ours,
+            servers.storage_daemon(place.folder, place.raw, {1}) as theirs,
+        ):
+            rows.append(measure(Row(name, theirs.name, must, aim), ours, theirs, load, pairs, seconds))
+            print(report.line(rows[-1]), flush=True)
+    return rows
+
+
+def nbd_rows(place: Place, pairs: int, seconds: float, only: str) -> list[Row]:
+    plan = [
+        (
+            "NBD 4 KiB randread QD32, fio",
+            "nbdkit",
+            loads.fio_nbd("randread", 32, 4096, SIZE, IMAGE, cpu=0),
+            "1.25x",
+            "1.7x",
+        ),
+        (
+            "NBD 4 KiB randwrite QD32, fio",
+            "nbdkit",
+            loads.fio_nbd("randwrite", 32, 4096, SIZE, IMAGE, cpu=0),
+            "1.25x",
+            "1.7x",
+        ),
+        ("NBD 4 KiB randread QD1, fio", "nbdkit", loads.fio_nbd("randread", 1, 4096, SIZE, IMAGE, cpu=0), "1.3x", "2x"),
+        (
+            "NBD 4 KiB randread QD32, fio",
+            "qemu-nbd",
+            loads.fio_nbd("randread", 32, 4096, SIZE, IMAGE, cpu=0),
+            "3x",
+            "5x",
+        ),
+        ("NBD 4 KiB randread QD1, fio", "qemu-nbd", loads.fio_nbd("randread", 1, 4096, SIZE, IMAGE, cpu=0), "2x", "4x"),
+        ("NBD 1 MiB read QD4, fio", "nbdkit", loads.fio_nbd("read", 4, MIB, SIZE, IMAGE, cpu=0), "1x", "1.4x"),
+    ]
+    rows = []
+    for name, peer, load, must, aim in plan:
+        if only not in name:
+            continue
+        start = servers.nbdkit if peer == "nbdkit" else servers.qemu_nbd
+        with (
+            servers.ours("nbd", place.folder, place.store, IMAGE, {1}) as ours,
+            start(place.folder, place.raw, {1}) as theirs,
+        ):
+            rows.append(measure(Row(name, theirs.name, must, aim), ours, theirs, load, pairs, seconds))
+            print(report.line(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--only", default="", help="only rows whose name holds this")
+    parser.add_argument("--write", action="store_true", help="replace the table and picture in tests/bench/results")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="rbdpy-bench-", dir=os.environ.get("TMPDIR", "/tmp")))
+    try:
+        place = Place(folder)
+        rows = vhost_rows(place, options.pairs, options.seconds, options.only)
+        rows += nbd_rows(place, options.pairs, options.seconds, options.only)
+        facts = scale.measure(folder, options.only)
+        text = report.table(rows, facts)
+        print(text)
+        if options.write:
+            report.write(text, rows)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Servers under test: ours and the named peers, each on the same file system with the same content."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+START_DEADLINE = 20.0
+
+
+class Server:
+    """One server process. `socket` is ready when the constructor returns. Always close()."""
+
+    def __init__(self, name: str, command: Sequence[str], socket_path: Path, cpus: set[int] | None) -> None:
+        self.name = name
+        self.socket = socket_path
+        self.log = socket_path.with_suffix(".log")
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=(lambda: os.sched_setaffinity(0, cpus)) if cpus else None,
+            )
+        limit = time.monotonic() + START_DEADLINE
+        while not self._listening():
+            if self._process.poll() is not None or time.monotonic() > limit:
+                self.close()
+                raise RuntimeError(f"{name} did not start: {self.log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.02)
+
+    def _listening(self) -> bool:
+        try:
+            with Path("/proc/net/unix").open() as table:
+                return any(line.rstrip().endswith(str(self.socket)) for line in table)
+        except OSError:
+            return self.socket.exists()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def cpu_ns(self) -> int:
+        """Time on a CPU of all threads so far, from the scheduler (ticks are too coarse)."""
+        total = 0
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            try:
+                total += int((task / "schedstat").read_text().split()[0])
+            except OSError:
+                continue  # a thread that ended meanwhile
+        return total
+
+    def threads(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/task").iterdir()))
+
+    def rss_kib(self) -> int:
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1])
+        raise RuntimeError("no VmRSS")
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._process.wait()
+        self.socket.unlink(missing_ok=True)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def ours(kind: str, folder: Path, store: Path, image: str, cpus: set[int] | None) -> Server:
+    """`kind`: "vhost" or "nbd"."""
+    path = folder / f"ours-{kind}.sock"
+    command = [sys.executable, "-m", "librbd_py.cli.main", "--store", str(store), "export", image]
+    command += ["--vhost-user" if kind == "vhost" else "--nbd", str(path)]
+    return Server(f"librbd-py {kind}", command, path, cpus)
+
+
+def storage_daemon(folder: Path, raw: Path | None, cpus: set[int] | None) -> Server:
+    """qemu-storage-daemon's vhost-user-blk export of a raw file (buffered, io_uring), or of null-co without one."""
+    path = folder / "qsd.sock"
+    node = f"driver=file,node-name=f,filename={raw},aio=io_uring" if raw else "driver=null-co,node-name=f,size=1G"
+    command = ["qemu-storage-daemon", "--blockdev", node]
+    command += ["--export", f"type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={path},writable=on"]
+    return Server("qemu-storage-daemon", command, path, cpus)
+
+
+def nbdkit(folder: Path, raw: Path, cpus: set[int] | None) -> Server:
+    path = folder / "nbdkit.sock"
+    return Server("nbdkit file", ["nbdkit", "-f", "-U", str(path), "file", str(raw)], path, cpus)
+
+
+def qemu_nbd(folder: Path, raw: Path, cpus: set[int] | None) -> Server:
+    path = folder / "qemu-nbd.sock"
+    command = [
+        "qemu-nbd",
+        "-k",
+        str(path),
+        "-t",
+        "-e",
+        "8",
+        "-f",
+        "raw",
+        "--cache=writeback",
+        "--aio=io_uring",
+        str(raw),
+    ]
+    return Server("qemu-nbd", command, path, cpus)
