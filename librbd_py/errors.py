@@ -15,6 +15,7 @@ import errno as _errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 MAX_ERRNO = 4095  # a compare-and-write answers MAX_ERRNO + offset of the first difference
 
@@ -29,7 +30,7 @@ class OutcomeUnknown(builtins.OSError):
 class _Formatted(Exception):
     """Common to both trees: message and errno as Ceph's modules keep and print them."""
 
-    errno: int | None = None
+    errno: Any = None  # an int; None only for what was raised without one
     _prefix = ""  # the sentence around the caller's message
 
     def __init__(self, message: str, errno: int | None = None) -> None:

@@ -237,9 +237,7 @@ class AioOperations:
     ) -> Completion:
         name = text(object_name, "object_name")
         ioctx = self._now()
-        return self._submit(
-            ioctx, name, self._completion(oncomplete), lambda: _zero(ioctx.rm_xattr(name, xattr_name))
-        )
+        return self._submit(ioctx, name, self._completion(oncomplete), lambda: _zero(ioctx.rm_xattr(name, xattr_name)))
 
     def aio_remove(
         self,
@@ -249,9 +247,7 @@ class AioOperations:
     ) -> Completion:
         name = text(object_name, "object_name")
         ioctx = self._now()
-        return self._submit(
-            ioctx, name, self._completion(oncomplete, onsafe), lambda: _zero(ioctx.remove_object(name))
-        )
+        return self._submit(ioctx, name, self._completion(oncomplete, onsafe), lambda: _zero(ioctx.remove_object(name)))
 
     def aio_notify(
         self,

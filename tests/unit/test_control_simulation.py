@@ -6,12 +6,12 @@ import errno
 from collections.abc import Callable
 
 import pytest
-from control_world import CALM, Chances, Violation, World
 
 from librbd_py.control import lock_events as le
 from librbd_py.control.lock import ANSWERS, LockMachine
 from librbd_py.control.lock_events import LockState
 from librbd_py.format.lock import auto_cookie
+from tests.unit.control_world import CALM, Chances, Violation, World
 
 STEPS = 5000
 SEEDS = range(44)
