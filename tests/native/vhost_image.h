@@ -3,9 +3,13 @@
 #ifndef VHOST_IMAGE_H
 #define VHOST_IMAGE_H
 #include <errno.h>
+#include <fcntl.h>
+#include <stdatomic.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "engine/reactor.h"
 #include "engine/request.h"
@@ -14,20 +18,29 @@
 struct image {
     pthread_mutex_t lock; /* everything but data */
     uint8_t *data;
-    uint64_t size, capacity;
+    _Atomic uint64_t size;
+    uint64_t capacity;
     bool read_only, blocked;
     bool async; /* requests complete on threads of the pool, in any order */
     int fence;  /* 0 or -errno */
-    struct req *parked;
+    uint64_t hold_from, hold_to; /* bytes: requests that begin there wait, and no fence ends their wait */
+    struct req *parked, *held;
     struct image_user *users;
-    uint64_t submitted, fua; /* writes with REQ_FUA */
+    _Atomic uint64_t submitted, fua; /* writes with REQ_FUA */
 };
 
-static struct image *fake_image_new(uint64_t size, uint64_t capacity)
+/* path: NULL, or a file that keeps the data when the process is killed. */
+static struct image *fake_image_new(const char *path, uint64_t size, uint64_t capacity)
 {
     struct image *i = calloc(1, sizeof *i);
     pthread_mutex_init(&i->lock, NULL);
-    i->data = calloc(1, capacity ? capacity : 1);
+    int fd = path ? open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600) : memfd_create("image", MFD_CLOEXEC);
+    if (fd < 0 || ftruncate(fd, (off_t)capacity))
+        abort();
+    i->data = mmap(NULL, capacity, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (i->data == MAP_FAILED)
+        abort();
+    close(fd);
     i->size = size;
     i->capacity = capacity;
     return i;
@@ -69,13 +82,15 @@ static void fake_run(struct image *i, struct req *r)
     i->submitted++;
     i->fua += r->type == REQ_WRITE && r->flags & REQ_FUA;
     int fence = i->fence;
-    bool park = i->blocked && !fence, async = i->async && !fence;
-    if (park) {
-        r->next = i->parked;
-        i->parked = r;
+    bool hold = r->type != REQ_FLUSH && r->off >= i->hold_from && r->off < i->hold_to;
+    bool park = !hold && i->blocked && !fence, async = i->async && !fence;
+    if (park || hold) {
+        struct req **list = hold ? &i->held : &i->parked;
+        r->next = *list;
+        *list = r;
     }
     pthread_mutex_unlock(&i->lock);
-    if (park)
+    if (park || hold)
         return;
     if (async) {
         struct job *j = calloc(1, sizeof *j);
@@ -101,6 +116,23 @@ static void fake_block(struct image *i, bool on)
     struct req *r = on ? NULL : i->parked;
     if (!on)
         i->parked = NULL;
+    pthread_mutex_unlock(&i->lock);
+    while (r) {
+        struct req *next = r->next;
+        fake_run(i, r);
+        r = next;
+    }
+}
+
+/* Nothing is held any more when from == to. */
+static void fake_hold(struct image *i, uint64_t from, uint64_t to)
+{
+    pthread_mutex_lock(&i->lock);
+    i->hold_from = from;
+    i->hold_to = to;
+    struct req *r = from == to ? i->held : NULL;
+    if (r)
+        i->held = NULL;
     pthread_mutex_unlock(&i->lock);
     while (r) {
         struct req *next = r->next;

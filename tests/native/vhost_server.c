@@ -1,13 +1,15 @@
 /* vhost_server SOCKET SIZE QUEUES MODE...: a vhost-user-blk export of memory, for front ends to test.
  *
- * MODE: sync async ro nowce. Commands are lines on stdin, each answered by one line; the end of stdin ends it.
+ * MODE: async ro nowce, and first of all perhaps the path of a file for the data. Commands are lines on stdin, each answered by one line; the end of stdin ends it.
  *   block | unblock        requests wait
+ *   hold FROM TO           requests that begin in [FROM, TO) wait, fence or not; equal numbers let them go
  *   resize BYTES
  *   deadline MS MS         of GET_VRING_BASE: until the fence, then until the connection ends
  *   stop soft|hard         waits for EVENT_EXPORT_STOPPED and frees
  *   stats                  clients accepted broken resubmitted dirty_pages submitted fua
  *   events                 "type:value" of those not read yet
  */
+#define _GNU_SOURCE /* memfd_create */
 #include "vhost_image.h"
 
 #include <stdio.h>
@@ -50,7 +52,7 @@ int main(int argc, char **argv)
     if (argc < 4)
         return 2;
     uint64_t size = strtoull(argv[2], NULL, 0);
-    struct image *image = fake_image_new(size, size * 2);
+    struct image *image = fake_image_new(argc > 4 && argv[4][0] == '/' ? argv[4] : NULL, size, size * 2);
     rbdn_vhost_config c = {
         .num_queues = (uint16_t)atoi(argv[3]), .queue_size_max = 256, .write_cache = 1, .serial = "fake", .logical_block_size = 512,
     };
@@ -61,7 +63,9 @@ int main(int argc, char **argv)
     }
     int err;
     rbdn_runtime_start(2);
-    rbdn_export *e = rbdn_vhost_start(7, image, listen_at(argv[1]), &c, &err);
+    int listener = listen_at(argv[1]);
+    rbdn_export *e = rbdn_vhost_start(7, image, listener, &c, &err);
+    close(listener);
     if (!e) {
         fprintf(stderr, "rbdn_vhost_start: %s\n", strerror(-err));
         return 1;
@@ -73,6 +77,9 @@ int main(int argc, char **argv)
         unsigned long long a, b;
         if (!strncmp(line, "block", 5) || !strncmp(line, "unblock", 7)) {
             fake_block(image, line[0] == 'b');
+            puts("ok");
+        } else if (sscanf(line, "hold %llu %llu", &a, &b) == 2) {
+            fake_hold(image, a, b);
             puts("ok");
         } else if (sscanf(line, "resize %llu", &a) == 1) {
             fake_resize(image, a);
@@ -88,7 +95,7 @@ int main(int argc, char **argv)
             rbdn_export_stats_get(e, &s);
             printf("%u %llu %llu %llu %llu %llu %llu\n", s.clients, (unsigned long long)s.accepted,
                    (unsigned long long)s.broken, (unsigned long long)s.resubmitted, (unsigned long long)s.dirty_pages,
-                   (unsigned long long)image->submitted, (unsigned long long)image->fua);
+                   (unsigned long long)atomic_load(&image->submitted), (unsigned long long)atomic_load(&image->fua));
         } else if (!strncmp(line, "events", 6)) {
             rbdn_event ev;
             while (rbdn_event_next(&ev) > 0)

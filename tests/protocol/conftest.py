@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from nbd_fake import FakeServer
+from vhost_server import Server, fake_server
 
 
 @pytest.fixture
@@ -19,3 +20,11 @@ def nbd(tmp_path: Path) -> Iterator[FakeServer]:
         server.end()
     finally:
         server.kill()
+
+
+@pytest.fixture
+def vhost(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A vhost-user-blk export over memory, 4 queues; parametrised indirectly with its modes."""
+    server = fake_server(tmp_path, *getattr(request, "param", ()))
+    yield server
+    server.close()

@@ -182,7 +182,11 @@ class Frontend:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(TIMEOUT)
-        self.sock.connect(os.fspath(path))
+        try:
+            self.sock.connect(os.fspath(path))
+        except OSError:
+            self.sock.close()
+            raise
         self.memory: Memory | None = None
         self.queues: list[Queue] = []
         self.features = 0

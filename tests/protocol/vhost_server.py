@@ -6,15 +6,64 @@ transport over an image in memory, built with the sanitizers). The second knows 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
+SOURCES = [
+    *sorted((ROOT / "native/transport").glob("v*.c")),
+    *(ROOT / f"native/transport/{name}.c" for name in ("export", "guest_memory")),
+    *(ROOT / f"native/engine/{name}.c" for name in ("reactor", "pool", "timer", "event")),
+    ROOT / "tests/native/vhost_server.c",
+]
+FLAGS = {
+    "plain": ["-O2"],
+    "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
+    "tsan": ["-O1", "-fsanitize=thread", "-Wno-tsan"],
+}
 CONNECTED, DISCONNECTED, BROKEN, STOPPED = 3, 4, 5, 6  # native/engine/event.h
+
+
+def build(mode: str) -> Path:
+    """Path of vhost_server.c's program, built when older than its sources. mode: plain, asan, tsan."""
+    folder = ROOT / "build/native" / f"vhost-{mode}"
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / "vhost_server"
+    headers = [*(ROOT / "native").glob("*/*.h"), *(ROOT / "tests/native").glob("*.h")]
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        newest = max(path.stat().st_mtime for path in [*SOURCES, *headers])
+        if not program.exists() or program.stat().st_mtime < newest:
+            temporary = folder / "new"
+            subprocess.run(
+                ["cc", "-std=gnu11", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter", "-pthread", *FLAGS[mode],
+                 f"-I{ROOT}/native", f"-I{ROOT}/tests/native", *map(str, SOURCES), "-o", str(temporary)],
+                check=True, timeout=300,
+            )
+            temporary.rename(program)
+    return program
+
+
+def fake_server(folder: Path, *modes: str, size: int = 64 << 20, queues: int = 4) -> Server:
+    """vhost_server.c under AddressSanitizer; VHOST_TEST_MODE chooses another build."""
+    path = folder / "vhost.sock"
+    program = build(os.environ.get("VHOST_TEST_MODE", "asan"))
+    return Server([str(program), str(path), str(size), str(queues), *modes], path)
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
+    """Polls: for states of another process that announces nothing."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.002)
 
 
 @dataclass
@@ -66,10 +115,16 @@ class Server:
             out.append(target.partition("[")[0] if target.startswith(("socket:", "pipe:")) else target)
         return sorted(out)
 
+    def quiet(self, fds: list[str]) -> None:
+        """Waits until no client is left and nothing but `fds` is open and nothing of a client's mapped."""
+        wait_until(lambda: self.stats().clients == 0, "no client")
+        wait_until(lambda: self.fds() == fds, "no descriptor left over")
+        assert self.maps() == 0
+
     def maps(self) -> int:
         """Mappings of files that front ends passed."""
         with open(f"/proc/{self.process.pid}/maps") as f:
-            return sum("memfd:" in line for line in f)
+            return sum("memfd:" in line and "memfd:image" not in line for line in f)
 
     def kill(self) -> None:
         self.process.kill()
