@@ -197,8 +197,8 @@ static void break_queue(struct vhost_queue *q)
         return;
     q->broken = true;
     stop_reading(q);
-    signal_fd(q->err);
     export_broken(q->export, q->index);
+    signal_fd(q->err);
 }
 
 /* 0, or -EPROTO when the ring cannot be trusted any more. again: the in-flight table has it already. */
