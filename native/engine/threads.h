@@ -9,7 +9,7 @@
 
 #include "engine/reactor.h"
 
-/* pthread_create with every signal blocked: signals belong to Python's threads. 0 or -errno. */
+/* pthread_create with every signal but faults blocked: signals belong to Python's threads. 0 or -errno. */
 int thread_start(pthread_t *, void *(*main)(void *), void *arg);
 
 /* One thread for all timers, started when needed, ended when none is set. run() must be short and must not block. */
