@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from librbd_py import _native
+from librbd_py import _native  # type: ignore[attr-defined]  # compiled: mypy cannot see into it
 
 ffi: Any = _native.ffi
 lib: Any = _native.lib

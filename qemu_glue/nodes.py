@@ -7,7 +7,6 @@ from typing import Any
 
 from librbd_py.image.handle import ImageHandle
 from librbd_py.image.resize import resize
-
 from librbd_py.store import connect, default_url
 from librbd_py.store.api import Store
 from qemu_glue.qmp_wire import QMPError

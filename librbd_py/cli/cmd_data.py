@@ -23,7 +23,7 @@ from librbd_py.cli.registry import (
     with_progress,
     with_snap,
 )
-from librbd_py.cli.session import Failure, Session, failing, reason
+from librbd_py.cli.session import Failure, Session, code_of, failing, reason
 
 STEP = 4 << 20  # bytes read or written at once
 
@@ -82,7 +82,7 @@ def import_(session: Session) -> None:
         source = sys.stdin.buffer if path == "-" else open(path, "rb", buffering=0)  # noqa: SIM115 - closed below
         size = None if path == "-" else _file_size(source)
     except OSError as error:
-        raise Failure(f"rbd: error opening {path}\nrbd: import failed: {reason(error)}", error.errno or 5) from None
+        raise Failure(f"rbd: error opening {path}\nrbd: import failed: {reason(error)}", code_of(error)) from None
     progress = session.progress("Importing image")
     try:
         with progress:
@@ -94,9 +94,9 @@ def import_(session: Session) -> None:
                 rbd.RBD().remove(ioctx, spec.image)  # half an image must not look like a whole one
                 raise
     except rbd.ImageExists as error:
-        raise Failure(f"rbd: image creation failed\nrbd: import failed: {reason(error)}", error.errno) from None
+        raise Failure(f"rbd: image creation failed\nrbd: import failed: {reason(error)}", code_of(error)) from None
     except (rbd.Error, OSError) as error:
-        raise Failure(f"rbd: import failed: {reason(error)}", getattr(error, "errno", 5) or 5) from None
+        raise Failure(f"rbd: import failed: {reason(error)}", code_of(error)) from None
     finally:
         if path != "-":
             source.close()
@@ -191,7 +191,7 @@ def export_file(session: Session) -> None:
                 with open(path, "xb", buffering=0) as target, session.progress("Exporting image") as progress:
                     _export_sparse(image, size, target, progress)
         except (rbd.Error, OSError) as error:
-            raise Failure(f"rbd: export error: {reason(error)}", getattr(error, "errno", 5) or 5) from None
+            raise Failure(f"rbd: export error: {reason(error)}", code_of(error)) from None
 
 
 def _export_pipe(image: Any, size: int) -> None:

@@ -22,7 +22,7 @@ from librbd_py.cli.registry import (
     with_progress,
     with_snap,
 )
-from librbd_py.cli.session import Failure, Session, Spec, failing, parse_spec, reason
+from librbd_py.cli.session import Failure, Session, Spec, code_of, failing, parse_spec, reason
 
 
 def with_size(parser: argparse.ArgumentParser) -> None:
@@ -306,16 +306,16 @@ def remove(session: Session) -> None:
     except rbd.ImageHasSnapshots as error:
         raise Failure(
             "rbd: image has snapshots - these must be deleted with 'rbd snap purge' before the image can be removed.",
-            error.errno,
+            code_of(error),
         ) from None
     except rbd.ImageBusy as error:
         raise Failure(
             "rbd: error: image still has watchers\nThis means the image is still open or the client using it crashed. "
             "Try again after closing/unmapping it or waiting 30s for the crashed client to timeout.",
-            error.errno,
+            code_of(error),
         ) from None
     except rbd.Error as error:
-        raise Failure(f"rbd: delete error: {reason(error)}", getattr(error, "errno", 5)) from None
+        raise Failure(f"rbd: delete error: {reason(error)}", code_of(error)) from None
 
 
 @command(

@@ -11,7 +11,7 @@ from librbd_py.cli import sizes
 from librbd_py.cli.cmd_image import pool_spec
 from librbd_py.cli.output import Rows, Section, Table, size_text
 from librbd_py.cli.registry import command, with_format, with_image, with_pool, with_progress, with_snap
-from librbd_py.cli.session import Failure, Session, Spec, failing, reason
+from librbd_py.cli.session import Failure, Session, Spec, code_of, failing, reason
 
 # --- image-meta
 
@@ -170,12 +170,12 @@ def lock_add(session: Session) -> None:
                 "rbd: lock is already held by someone else with a different tag"
                 if session.options.shared
                 else "rbd: lock is already held by you",
-                error.errno,
+                code_of(error),
             ) from None
         except rbd.ImageBusy as error:
-            raise Failure("rbd: lock is already held by someone else", error.errno) from None
+            raise Failure("rbd: lock is already held by someone else", code_of(error)) from None
         except rbd.Error as error:
-            raise Failure(f"rbd: taking lock failed: {reason(error)}", getattr(error, "errno", 5)) from None
+            raise Failure(f"rbd: taking lock failed: {reason(error)}", code_of(error)) from None
 
 
 @command(
@@ -228,9 +228,9 @@ def namespace_remove(session: Session) -> None:
     try:
         rbd.RBD().namespace_remove(_pool(session, spec), spec.namespace)
     except rbd.ImageBusy as error:
-        raise Failure("rbd: namespace contains images which must be deleted first.", error.errno) from None
+        raise Failure("rbd: namespace contains images which must be deleted first.", code_of(error)) from None
     except rbd.Error as error:
-        raise Failure(f"rbd: failed to remove namespace: {reason(error)}", getattr(error, "errno", 5)) from None
+        raise Failure(f"rbd: failed to remove namespace: {reason(error)}", code_of(error)) from None
 
 
 @command(

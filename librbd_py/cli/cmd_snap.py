@@ -10,7 +10,7 @@ from librbd_py import rbd
 from librbd_py.cli.cmd_image import stamp
 from librbd_py.cli.output import Rows, Section, Table, size_text
 from librbd_py.cli.registry import command, with_dest, with_format, with_image, with_image_id, with_progress, with_snap
-from librbd_py.cli.session import Failure, Session, failing, reason
+from librbd_py.cli.session import Failure, Session, code_of, failing, reason
 
 NAMESPACES = {0: "user", 1: "group", 2: "trash", 3: "mirror"}
 
@@ -138,9 +138,9 @@ def remove(session: Session) -> None:
                     image.remove_snap(spec.snap)
         except rbd.ImageBusy as error:
             text = f"rbd: snapshot '{spec.snap or options.snap_id}' is protected from removal."
-            raise Failure(text, error.errno) from None
+            raise Failure(text, code_of(error)) from None
         except rbd.Error as error:
-            raise Failure(f"rbd: failed to remove snapshot: {reason(error)}", getattr(error, "errno", 5)) from None
+            raise Failure(f"rbd: failed to remove snapshot: {reason(error)}", code_of(error)) from None
 
 
 @command(
@@ -167,7 +167,7 @@ def purge(session: Session) -> None:
                 if kept:
                     raise Failure("", 0)
         except rbd.Error as error:
-            raise Failure(f"rbd: removing snaps failed: {reason(error)}", getattr(error, "errno", 5)) from None
+            raise Failure(f"rbd: removing snaps failed: {reason(error)}", code_of(error)) from None
 
 
 @command("snap protect", "Prevent a snapshot from being deleted.", with_image, with_snap, specs=("snap-spec",))

@@ -6,7 +6,7 @@ import argparse
 
 from librbd_py.cli.output import Rows, Section
 from librbd_py.cli.registry import command, with_format
-from librbd_py.cli.session import Failure, Session
+from librbd_py.cli.session import Failure, Session, code_of
 from librbd_py.store import default_url
 
 
@@ -23,7 +23,7 @@ def check(session: Session) -> None:
     try:
         findings = checker.check(path, repair=session.options.repair)
     except OSError as error:
-        raise Failure(f"rbd: store check: {error.strerror or error}", error.errno or 5) from None
+        raise Failure(f"rbd: store check: {error.strerror or error}", code_of(error)) from None
     rows = Rows(
         "findings",
         [

@@ -24,10 +24,14 @@ class Failure(Exception):
         self.code = code
 
 
+def code_of(error: BaseException) -> int:
+    """Exit status for a failure: its errno, EIO when it has none."""
+    return getattr(error, "errno", None) or 5
+
+
 def reason(error: BaseException) -> str:
     """`(2) No such file or directory`, as Ceph writes an errno."""
-    code = getattr(error, "errno", None) or 5
-    return f"({code}) {os.strerror(code)}"
+    return f"({code_of(error)}) {os.strerror(code_of(error))}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Session:
                 self._cluster.connect()
             except (OSError, rados.Error) as error:
                 self._cluster = None
-                raise Failure(f"rbd: couldn't connect to the store: {error}", getattr(error, "errno", 1) or 1) from None
+                raise Failure(f"rbd: couldn't connect to the store: {error}", code_of(error)) from None
         return self._cluster
 
     def close(self) -> None:
@@ -128,7 +132,7 @@ class Session:
                 image = rbd.Image(ioctx, spec.image, snapshot=at, read_only=read_only)
         except rbd.Error as error:
             what = f"image {spec.image or image_id}"
-            raise Failure(f"rbd: error opening {what}: {reason(error)}", getattr(error, "errno", 5) or 5) from None
+            raise Failure(f"rbd: error opening {what}: {reason(error)}", code_of(error)) from None
         try:
             yield image
         finally:
@@ -154,4 +158,4 @@ def failing(what: str) -> Iterator[None]:
     try:
         yield
     except (rbd.Error, rados.Error, OSError) as error:
-        raise Failure(f"rbd: {what}: {reason(error)}", getattr(error, "errno", 5) or 5) from None
+        raise Failure(f"rbd: {what}: {reason(error)}", code_of(error)) from None

@@ -77,7 +77,7 @@ class View:
         config.overlap = spec.overlap if self._parent is not None else 0
         config.discard_granularity = spec.discard_granularity
         error = ffi.new("int *")
-        self.pointer = lib.rbdn_view_new(config, error)
+        self.pointer: Any = lib.rbdn_view_new(config, error)
         if not self.pointer:
             self.release()
             check(error[0], "view of the image")
@@ -274,5 +274,15 @@ class NativeImage:
             histogram = tuple(raw.histogram[kind][bucket] for bucket in range(BUCKETS))
             return OpStats(raw.ops[kind], raw.bytes[kind], raw.failed[kind], raw.total_ns[kind], histogram)
 
-        kinds = [one(kind) for kind in range(FLUSH + 1)]
-        return Stats(*kinds, idle_ns=raw.idle_ns, in_flight=raw.in_flight, parked=raw.parked)
+        return Stats(
+            one(READ),
+            one(WRITE),
+            one(DISCARD),
+            one(WRITE_ZEROES),
+            one(WRITESAME),
+            one(COMPARE_AND_WRITE),
+            one(FLUSH),
+            idle_ns=raw.idle_ns,
+            in_flight=raw.in_flight,
+            parked=raw.parked,
+        )
