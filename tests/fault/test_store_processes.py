@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from store_workers import DEADLINE, Workers, workers
 
 from librbd_py.store.api import AssertExists, Create, ListWatchers, OmapGetVals, OmapSet, Read, Remove, WriteFull
 from librbd_py.store.embedded import EmbeddedStore, check
+from tests.fault.store_workers import DEADLINE, Workers, workers
 
 WATCHER = """
 store = EmbeddedStore(path)
@@ -232,8 +232,8 @@ w = io.watch("o", lambda *call: b"")
 reader, writer = os.pipe()
 child = os.fork()
 if child == 0:
-    for attempt in (lambda: io.read("o", [AssertExists()]), lambda: io.write("o", [Create()]), lambda: io.notify("o", b""),
-                    lambda: EmbeddedStore.pools(store), w.check, lambda: io.native_data("rbd_data.x", 22)):
+    for attempt in (lambda: io.read("o", [AssertExists()]), lambda: io.write("o", [Create()]), w.check,
+                    lambda: io.notify("o", b""), store.pools, lambda: io.native_data("rbd_data.x", 22)):
         try: attempt(); say("worked")
         except OSError as e: assert e.errno == errno.EBADFD and "fork" in str(e), e
     store.close()

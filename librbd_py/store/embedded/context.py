@@ -167,7 +167,7 @@ class EmbeddedContext(api.ObjectContext):
             known = snaps.remove(c, self.pool_id, snap_id, self.store.client.gid)
         step("snap: recorded as removed")
         if known:
-            snaps.trim(self.store, self.pool_id, snap_id)
+            self.store.finish_trims()
 
     # --- watches
 

@@ -149,10 +149,15 @@ class EmbeddedStore(api.Store):
     def _finish_what_others_left(self) -> None:
         with self.reading() as c:
             folders = [folder for (folder,) in c.execute("SELECT folder FROM trash")]
-            trims = c.execute("SELECT pool, snap, gid FROM trims").fetchall()
         self.empty_trash(folders)
+        self.finish_trims()
+
+    def finish_trims(self) -> None:
+        """Of this client, and of those who died at it."""
+        with self.reading() as c:
+            trims = c.execute("SELECT pool, snap, gid FROM trims").fetchall()
         for pool, snap, gid in trims:
-            if not self.alive(gid):
+            if gid == self.client.gid or not self.alive(gid):
                 snaps.trim(self, pool, snap)
 
     # --- pools
