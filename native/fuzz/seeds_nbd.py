@@ -34,19 +34,49 @@ HELLO = struct.pack(">I", 3)
 RAW, LATE, READ_ONLY = b"\4", b"\2", b"\1"
 GO = HELLO + option(8) + option(10, meta(b"", b"base:allocation")) + option(7, name(b"", (1, 2, 3)))
 COMMANDS = b"".join(
-    [request(0, 0, 4096), request(1, 512, 16) + b"sixteen bytes!!!", request(3, 0, 0), request(4, 0, 65536, 1),
-     request(5, 0, 100), request(6, 0, 4096, 2), request(6, 0, 4096, 18), request(7, 0, 1 << 20), request(7, 0, 9, 8),
-     request(9, 0, 0), request(0, 1 << 40, 1), request(2, 0, 0)]
+    [
+        request(0, 0, 4096),
+        request(1, 512, 16) + b"sixteen bytes!!!",
+        request(3, 0, 0),
+        request(4, 0, 65536, 1),
+        request(5, 0, 100),
+        request(6, 0, 4096, 2),
+        request(6, 0, 4096, 18),
+        request(7, 0, 1 << 20),
+        request(7, 0, 9, 8),
+        request(9, 0, 0),
+        request(0, 1 << 40, 1),
+        request(2, 0, 0),
+    ]
 )
 SEEDS = {
     "export_name": RAW + struct.pack(">I", 1) + option(1) + COMMANDS,
     "go": RAW + GO + COMMANDS,
     "simple": RAW + HELLO + option(7, name()) + COMMANDS,
     "read_only": b"\5" + GO + COMMANDS,
-    "options": RAW + HELLO + option(3) + option(5) + option(6, name(b"x")) + option(9, meta(b"", b"base:")) + option(11) + option(2),
-    "bad_options": RAW + HELLO + option(7, b"\xff" * 6) + option(10, meta(b"", b"x")[:-1]) + option(4, b"1234") + b"IHAVE",
+    "options": RAW
+    + HELLO
+    + option(3)
+    + option(5)
+    + option(6, name(b"x"))
+    + option(9, meta(b"", b"base:"))
+    + option(11)
+    + option(2),
+    "bad_options": RAW
+    + HELLO
+    + option(7, b"\xff" * 6)
+    + option(10, meta(b"", b"x")[:-1])
+    + option(4, b"1234")
+    + b"IHAVE",
     "steps": b"\0\x80" + step(1, 0, 70000) + step(0, 0, 70000) + step(7, 0, 65536) + step(6, 1, 4096) + step(3, 0, 0),
-    "late": LATE + b"\x80" + step(1, 0, 300) * 3 + step(0, 0, 65536) * 3 + step(7, 0, 9) + b"\x84" + step(0, 1, 9) + b"\x86",
+    "late": LATE
+    + b"\x80"
+    + step(1, 0, 300) * 3
+    + step(0, 0, 65536) * 3
+    + step(7, 0, 9)
+    + b"\x84"
+    + step(0, 1, 9)
+    + b"\x86",
     "blocked": b"\0\x80\x82\x01" + step(0, 0, 0xFFFFF) * 4 + b"\x83" + step(0, 0, 512),
     "stop": LATE + b"\x80" + step(0, 0, 512) + b"\x87\x00" + step(1, 0, 512) + b"\x87\x01\x84",
     "resize": b"\0\x80\x85\x08" + step(0, 0x80, 4096) + b"\x85\xff" + step(0, 0x80, 4096),

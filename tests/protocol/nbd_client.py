@@ -13,14 +13,35 @@ OPTION_REPLY_MAGIC = 0x3E889045565A9
 REQUEST_MAGIC, SIMPLE_MAGIC, CHUNK_MAGIC = 0x25609513, 0x67446698, 0x668E33EF
 FIXED, NO_ZEROES = 1, 2
 
-(OPT_EXPORT_NAME, OPT_ABORT, OPT_LIST, OPT_PEEK, OPT_STARTTLS, OPT_INFO, OPT_GO, OPT_STRUCTURED_REPLY,
- OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT, OPT_EXTENDED_HEADERS) = range(1, 12)
+(
+    OPT_EXPORT_NAME,
+    OPT_ABORT,
+    OPT_LIST,
+    OPT_PEEK,
+    OPT_STARTTLS,
+    OPT_INFO,
+    OPT_GO,
+    OPT_STRUCTURED_REPLY,
+    OPT_LIST_META_CONTEXT,
+    OPT_SET_META_CONTEXT,
+    OPT_EXTENDED_HEADERS,
+) = range(1, 12)
 REP_ACK, REP_SERVER, REP_INFO, REP_META_CONTEXT = 1, 2, 3, 4
 ERR_UNSUP, ERR_INVALID, ERR_UNKNOWN, ERR_TOO_BIG = ((1 << 31) + n for n in (1, 3, 6, 9))
 INFO_EXPORT, INFO_NAME, INFO_DESCRIPTION, INFO_BLOCK_SIZE = range(4)
 
-(HAS_FLAGS, READ_ONLY, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES, SEND_DF, CAN_MULTI_CONN, SEND_CACHE,
- SEND_FAST_ZERO) = 1, 2, 4, 8, 32, 64, 128, 256, 1024, 2048
+(
+    HAS_FLAGS,
+    READ_ONLY,
+    SEND_FLUSH,
+    SEND_FUA,
+    SEND_TRIM,
+    SEND_WRITE_ZEROES,
+    SEND_DF,
+    CAN_MULTI_CONN,
+    SEND_CACHE,
+    SEND_FAST_ZERO,
+) = 1, 2, 4, 8, 32, 64, 128, 256, 1024, 2048
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
 FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO = 1, 2, 4, 8, 16
@@ -76,15 +97,18 @@ def option(number: int, data: bytes = b"", *, length: int | None = None) -> byte
     return OPTION_MAGIC + struct.pack(">II", number, len(data) if length is None else length) + data
 
 
-def request(command: int, offset: int = 0, length: int = 0, *, flags: int = 0, cookie: int = 0,
-            magic: int = REQUEST_MAGIC) -> bytes:
+def request(
+    command: int, offset: int = 0, length: int = 0, *, flags: int = 0, cookie: int = 0, magic: int = REQUEST_MAGIC
+) -> bytes:
     return struct.pack(">IHHQQI", magic, flags, command, cookie, offset, length)
 
 
 class Client:
     """One connection. `negotiate` goes to transmission; before it every option can be sent by hand."""
 
-    def __init__(self, target: Path | str | socket.socket, *, flags: int | None = FIXED | NO_ZEROES, timeout: float = 20) -> None:
+    def __init__(
+        self, target: Path | str | socket.socket, *, flags: int | None = FIXED | NO_ZEROES, timeout: float = 20
+    ) -> None:
         if isinstance(target, socket.socket):
             self.sock = target
         else:
@@ -205,7 +229,9 @@ class Client:
 
     # transmission
 
-    def start(self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, data: bytes | None = None) -> int:
+    def start(
+        self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, data: bytes | None = None
+    ) -> int:
         """Sends a request and returns its cookie."""
         self.cookie += 1
         self.lengths[self.cookie] = (command, offset, length)
@@ -253,7 +279,9 @@ class Client:
         assert error and len(body) == 6 + size
         return Reply(cookie, error, structured=True, message=body[6:].decode())
 
-    def call(self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, data: bytes | None = None) -> Reply:
+    def call(
+        self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, data: bytes | None = None
+    ) -> Reply:
         cookie = self.start(command, offset, length, flags=flags, data=data)
         reply = self.reply()
         assert reply.cookie == cookie

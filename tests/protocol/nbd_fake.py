@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    *sorted((ROOT / "native/transport").glob("nbd*.c")), ROOT / "native/transport/export.c",
+    *sorted((ROOT / "native/transport").glob("nbd*.c")),
+    ROOT / "native/transport/export.c",
     *(ROOT / f"native/engine/{name}.c" for name in ("reactor", "pool", "timer", "event")),
     ROOT / "tests/native/nbd_fake_server.c",
 ]
@@ -35,9 +36,23 @@ def build(mode: str) -> Path:
         if not program.exists() or program.stat().st_mtime < newest:
             temporary = folder / "new"
             subprocess.run(
-                ["cc", "-std=gnu11", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter", "-pthread", *FLAGS[mode],
-                 f"-I{ROOT}/native", f"-I{ROOT}/tests/native", *map(str, SOURCES), "-o", str(temporary)],
-                check=True, timeout=300,
+                [
+                    "cc",
+                    "-std=gnu11",
+                    "-g",
+                    "-Wall",
+                    "-Wextra",
+                    "-Wno-unused-parameter",
+                    "-pthread",
+                    *FLAGS[mode],
+                    f"-I{ROOT}/native",
+                    f"-I{ROOT}/tests/native",
+                    *map(str, SOURCES),
+                    "-o",
+                    str(temporary),
+                ],
+                check=True,
+                timeout=300,
             )
             temporary.rename(program)
     return program
@@ -51,7 +66,10 @@ class FakeServer:
         self.size = size
         self.process = subprocess.Popen(
             [build(MODE), self.socket, str(size), str(reactors), str(max_connections)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "ASAN_OPTIONS": "detect_leaks=1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "ASAN_OPTIONS": "detect_leaks=1"},
         )
         self.ended = False
         assert self._answer() == [0]

@@ -7,8 +7,31 @@ from collections.abc import Iterator
 
 import pytest
 from nbd_client import (
-    BLOCK_STATUS, CACHE, DF, EINVAL, EIO, ENOSPC, ENOTSUP, EOVERFLOW, EPERM, ESHUTDOWN, FAST_ZERO, FLUSH, FUA, NO_HOLE,
-    OPT_GO, READ, REQ_ONE, TRIM, WRITE, WRITE_ZEROES, Client, meta_option, name_option, option, request,
+    BLOCK_STATUS,
+    CACHE,
+    DF,
+    EINVAL,
+    EIO,
+    ENOSPC,
+    ENOTSUP,
+    EOVERFLOW,
+    EPERM,
+    ESHUTDOWN,
+    FAST_ZERO,
+    FLUSH,
+    FUA,
+    NO_HOLE,
+    OPT_GO,
+    READ,
+    REQ_ONE,
+    TRIM,
+    WRITE,
+    WRITE_ZEROES,
+    Client,
+    meta_option,
+    name_option,
+    option,
+    request,
 )
 from nbd_fake import FakeServer
 
@@ -79,8 +102,19 @@ def test_requests_of_length_zero_are_answered(client: Client, nbd: FakeServer) -
 def test_unknown_commands_and_flags_are_einval(client: Client) -> None:
     for command in (8, 9, 255, 0xFFFF):
         assert client.call(command, 0, 512).error == EINVAL
-    for command, flag in [(READ, NO_HOLE), (READ, REQ_ONE), (READ, 1 << 15), (WRITE, DF), (WRITE, NO_HOLE), (TRIM, NO_HOLE),
-                          (TRIM, FAST_ZERO), (FLUSH, DF), (CACHE, REQ_ONE), (WRITE_ZEROES, DF), (BLOCK_STATUS, DF)]:
+    for command, flag in [
+        (READ, NO_HOLE),
+        (READ, REQ_ONE),
+        (READ, 1 << 15),
+        (WRITE, DF),
+        (WRITE, NO_HOLE),
+        (TRIM, NO_HOLE),
+        (TRIM, FAST_ZERO),
+        (FLUSH, DF),
+        (CACHE, REQ_ONE),
+        (WRITE_ZEROES, DF),
+        (BLOCK_STATUS, DF),
+    ]:
         data = b"x" * 512 if command == WRITE else None
         assert client.call(command, 0, 0 if command == FLUSH else 512, flags=flag, data=data).error == EINVAL
     assert client.read(0, 512) == bytes(512)
@@ -170,8 +204,21 @@ def test_resize_is_seen_by_new_and_old_connections(client: Client, nbd: FakeServ
 
 @pytest.mark.parametrize(
     ("failure", "error"),
-    [(5, EIO), (28, ENOSPC), (122, ENOSPC), (27, ENOSPC), (1, EPERM), (30, EPERM), (12, 12), (22, EINVAL), (108, ESHUTDOWN),
-     (110, EIO), (95, EIO), (75, EIO), (4095, EIO)],
+    [
+        (5, EIO),
+        (28, ENOSPC),
+        (122, ENOSPC),
+        (27, ENOSPC),
+        (1, EPERM),
+        (30, EPERM),
+        (12, 12),
+        (22, EINVAL),
+        (108, ESHUTDOWN),
+        (110, EIO),
+        (95, EIO),
+        (75, EIO),
+        (4095, EIO),
+    ],
 )
 def test_errors_of_the_store_become_nbd_errors(client: Client, nbd: FakeServer, failure: int, error: int) -> None:
     assert nbd.do(f"fail {failure} {failure}") == 0

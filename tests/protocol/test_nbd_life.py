@@ -9,7 +9,18 @@ from collections.abc import Callable
 
 import pytest
 from nbd_client import (
-    BLOCK_STATUS, DISC, ESHUTDOWN, FLUSH, OPT_GO, READ, WRITE, Client, Closed, name_option, option, request,
+    BLOCK_STATUS,
+    DISC,
+    ESHUTDOWN,
+    FLUSH,
+    OPT_GO,
+    READ,
+    WRITE,
+    Client,
+    Closed,
+    name_option,
+    option,
+    request,
 )
 from nbd_fake import EVENT_EXPORT_BROKEN, EVENT_EXPORT_DISCONNECTED, EVENT_EXPORT_STOPPED, MEMORY_FACTOR, FakeServer
 
@@ -247,7 +258,12 @@ def test_export_of_the_same_name_later_is_another_one(nbd: FakeServer) -> None:
 
 def test_server_stop_needs_stopped_exports_and_closes_every_client(nbd: FakeServer) -> None:
     nbd.do("hold 1")
-    clients = [Client(nbd.socket, flags=None), Client(nbd.socket), Client(nbd.socket).negotiate(), Client(nbd.socket).negotiate()]
+    clients = [
+        Client(nbd.socket, flags=None),
+        Client(nbd.socket),
+        Client(nbd.socket).negotiate(),
+        Client(nbd.socket).negotiate(),
+    ]
     clients[3].start(FLUSH)
     until(lambda: nbd.do("waiting") == 1, "in flight")
     assert nbd.do("end") == -16

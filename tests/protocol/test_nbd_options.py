@@ -6,11 +6,44 @@ import struct
 
 import pytest
 from nbd_client import (
-    CAN_MULTI_CONN, ERR_INVALID, ERR_TOO_BIG, ERR_UNKNOWN, ERR_UNSUP, FIXED, HAS_FLAGS, INFO_BLOCK_SIZE,
-    INFO_DESCRIPTION, INFO_NAME, NO_ZEROES, OPT_ABORT, OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS, OPT_GO, OPT_INFO, OPT_LIST,
-    OPT_LIST_META_CONTEXT, OPT_PEEK, OPT_SET_META_CONTEXT, OPT_STARTTLS, OPT_STRUCTURED_REPLY, OPTION_MAGIC, READ_ONLY,
-    REP_ACK, REP_META_CONTEXT, REP_SERVER, SEND_CACHE, SEND_DF, SEND_FAST_ZERO, SEND_FLUSH, SEND_FUA, SEND_TRIM,
-    SEND_WRITE_ZEROES, Client, Closed, meta_option, name_option, option,
+    CAN_MULTI_CONN,
+    ERR_INVALID,
+    ERR_TOO_BIG,
+    ERR_UNKNOWN,
+    ERR_UNSUP,
+    FIXED,
+    HAS_FLAGS,
+    INFO_BLOCK_SIZE,
+    INFO_DESCRIPTION,
+    INFO_NAME,
+    NO_ZEROES,
+    OPT_ABORT,
+    OPT_EXPORT_NAME,
+    OPT_EXTENDED_HEADERS,
+    OPT_GO,
+    OPT_INFO,
+    OPT_LIST,
+    OPT_LIST_META_CONTEXT,
+    OPT_PEEK,
+    OPT_SET_META_CONTEXT,
+    OPT_STARTTLS,
+    OPT_STRUCTURED_REPLY,
+    READ_ONLY,
+    REP_ACK,
+    REP_META_CONTEXT,
+    REP_SERVER,
+    SEND_CACHE,
+    SEND_DF,
+    SEND_FAST_ZERO,
+    SEND_FLUSH,
+    SEND_FUA,
+    SEND_TRIM,
+    SEND_WRITE_ZEROES,
+    Client,
+    Closed,
+    meta_option,
+    name_option,
+    option,
 )
 from nbd_fake import FakeServer
 
@@ -111,8 +144,21 @@ def test_export_table_refuses_a_second_name_and_a_long_one(nbd: FakeServer) -> N
 
 @pytest.mark.parametrize(
     "name",
-    [b"nobody", b"\0", b"image\0", b"../image", b"/", b"./image", b"image@snap", b"%69mage", b"IMAGE", b"image ", b"\xff\xfe",
-     b"z" * 4096, b"pool/image"],
+    [
+        b"nobody",
+        b"\0",
+        b"image\0",
+        b"../image",
+        b"/",
+        b"./image",
+        b"image@snap",
+        b"%69mage",
+        b"IMAGE",
+        b"image ",
+        b"\xff\xfe",
+        b"z" * 4096,
+        b"pool/image",
+    ],
 )
 def test_export_names_are_compared_byte_by_byte_only(nbd: FakeServer, name: bytes) -> None:
     assert nbd.export(2, "image") == 0
@@ -124,8 +170,16 @@ def test_export_names_are_compared_byte_by_byte_only(nbd: FakeServer, name: byte
 
 @pytest.mark.parametrize(
     "data",
-    [b"", bytes(5), struct.pack(">IH", 1, 0), struct.pack(">IH", 0xFFFFFFFF, 0), struct.pack(">IHH", 0, 2, 0),
-     struct.pack(">IHH", 0, 0, 0), name_option(b"a" * 4097), name_option(b"") + b"x"],
+    [
+        b"",
+        bytes(5),
+        struct.pack(">IH", 1, 0),
+        struct.pack(">IH", 0xFFFFFFFF, 0),
+        struct.pack(">IHH", 0, 2, 0),
+        struct.pack(">IHH", 0, 0, 0),
+        name_option(b"a" * 4097),
+        name_option(b"") + b"x",
+    ],
 )
 @pytest.mark.parametrize("number", [OPT_INFO, OPT_GO])
 def test_malformed_info_is_invalid_and_the_session_goes_on(nbd: FakeServer, number: int, data: bytes) -> None:
@@ -233,8 +287,11 @@ def test_options_arrive_byte_by_byte(nbd: FakeServer) -> None:
 def test_whole_session_in_one_packet(nbd: FakeServer) -> None:
     with Client(nbd.socket, flags=None) as c:
         c.lengths[7] = (0, 0, 4)
-        c.send(struct.pack(">I", FIXED | NO_ZEROES) + option(OPT_GO, name_option(b""))
-               + struct.pack(">IHHQQI", 0x25609513, 0, 0, 7, 0, 4))
+        c.send(
+            struct.pack(">I", FIXED | NO_ZEROES)
+            + option(OPT_GO, name_option(b""))
+            + struct.pack(">IHHQQI", 0x25609513, 0, 0, 7, 0, 4)
+        )
         c.answers(OPT_GO)
         assert c.reply().data == bytes(4)
 
@@ -251,9 +308,15 @@ def test_meta_context_needs_structured_replies(nbd: FakeServer) -> None:
 @pytest.mark.parametrize(
     ("queries", "listed", "selected"),
     [
-        ([], True, False), ([b"base:"], True, False), ([b"base:allocation"], True, True), ([b"x-own:thing"], False, False),
-        ([b"base:nothing"], False, False), ([b"qemu:dirty-bitmap:x", b"base:allocation"], True, True),
-        ([b"base:allocation"] * 100, True, True), ([b""], False, False), ([b"base"], False, False),
+        ([], True, False),
+        ([b"base:"], True, False),
+        ([b"base:allocation"], True, True),
+        ([b"x-own:thing"], False, False),
+        ([b"base:nothing"], False, False),
+        ([b"qemu:dirty-bitmap:x", b"base:allocation"], True, True),
+        ([b"base:allocation"] * 100, True, True),
+        ([b""], False, False),
+        ([b"base"], False, False),
         ([b"base:allocation\0"], False, False),
     ],
 )
@@ -272,9 +335,18 @@ def test_meta_context_queries(nbd: FakeServer, queries: list[bytes], listed: boo
 
 @pytest.mark.parametrize(
     "data",
-    [b"", bytes(7), struct.pack(">II", 1, 0), struct.pack(">II", 0, 1), struct.pack(">III", 0, 1, 5) + b"base",
-     struct.pack(">III", 0, 1, 0xFFFFFFFF), struct.pack(">II", 0, 0xFFFFFFFF), struct.pack(">II", 0, 0) + b"x",
-     meta_option(b"", [b"q" * 4097]), meta_option(b"n" * 4097, [])],
+    [
+        b"",
+        bytes(7),
+        struct.pack(">II", 1, 0),
+        struct.pack(">II", 0, 1),
+        struct.pack(">III", 0, 1, 5) + b"base",
+        struct.pack(">III", 0, 1, 0xFFFFFFFF),
+        struct.pack(">II", 0, 0xFFFFFFFF),
+        struct.pack(">II", 0, 0) + b"x",
+        meta_option(b"", [b"q" * 4097]),
+        meta_option(b"n" * 4097, []),
+    ],
 )
 @pytest.mark.parametrize("number", [OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT])
 def test_malformed_meta_context_is_invalid(nbd: FakeServer, number: int, data: bytes) -> None:
