@@ -60,7 +60,8 @@ def attack(name: str) -> Callable[[Attack], Attack]:
     return add
 
 
-def message(name: str, request: int, payload: bytes = b"", fds: int = 0, flags: int = 1, size: int | None = None) -> None:
+def message(name: str, request: int, payload: bytes = b"", fds: int = 0, flags: int = 1,
+            size: int | None = None) -> None:
     """A message that must not be accepted, with that many eventfds attached."""
     def send(front: Frontend) -> None:
         with contextlib.ExitStack() as stack:
@@ -343,7 +344,8 @@ def test_in_flight_table_of_nonsense_breaks_the_queue(vhost: Server, where: str)
         fd = front.get_inflight(1, 128)
         nonsense = {
             "version": (8, b"\x07\x00"), "entries": (8, b"\x01\x00\x10\x00"),
-            "batch": (8, struct.pack("<HHHH", 1, 128, 0, 60000)), "links": (8, struct.pack("<HHHH", 1, 128, 0xFFFF, 0xFFFF)),
+            "batch": (8, struct.pack("<HHHH", 1, 128, 0, 60000)),
+            "links": (8, struct.pack("<HHHH", 1, 128, 0xFFFF, 0xFFFF)),
         }[where]
         os.pwrite(fd, nonsense[1], nonsense[0])
         os.pwrite(fd, b"\x01", 16)  # head 0 is in flight

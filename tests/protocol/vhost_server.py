@@ -1,6 +1,6 @@
 """Runs an export in a process of its own, for front ends to test.
 
-Two servers speak the same commands: `serve.py` (the package, as users run it) and `tests/native/vhost_server.c` (the
+Two servers speak the same commands: `serve_vhost.py` (the package, as users run it) and `tests/native/vhost_server.c` (the
 transport over an image in memory, built with the sanitizers). The second knows the commands that need its insides.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,3 +144,9 @@ class Server:
             self.process.stdout.close()
         if expect is None:
             assert code == 0, f"exit status {code}"
+
+
+def real_server(folder: Path, store: str = "null", size: int = 64 << 20, queues: int = 4) -> Server:
+    """serve_vhost.py: the package as installed."""
+    path = folder / "vhost.sock"
+    return Server([sys.executable, str(HERE / "serve_vhost.py"), str(path), store, str(size), f"queues={queues}"], path)
