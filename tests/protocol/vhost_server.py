@@ -1,6 +1,6 @@
 """Runs an export in a process of its own, for front ends to test.
 
-Two servers speak the same commands: `serve_vhost.py` (the package, as users run it) and `tests/native/vhost_server.c` (the
+Two servers speak the same commands: `serve_vhost.py` (the package, as users run it) and `vhost_server.c` (the
 transport over an image in memory, built with the sanitizers). The second knows the commands that need its insides.
 """
 
