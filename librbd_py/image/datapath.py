@@ -6,6 +6,7 @@ Source: native/ffi/api_engine.h. Failures are OSError with the engine's errno.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import itertools
 import os
@@ -17,13 +18,16 @@ from typing import Any
 
 from librbd_py.native import check, ffi, lib
 
-from .events import EVENTS, LOCK_NEEDED
+from .events import EVENTS, LOCK_NEEDED, LOST
 from .view import ViewSpec
 
 READ, WRITE, DISCARD, WRITE_ZEROES, WRITESAME, COMPARE_AND_WRITE, FLUSH = range(7)  # enum req_type
 FUA, UNMAP, EXACT = 1, 2, 4  # enum req_flags
 RUN_HOLE, RUN_ZERO = 1, 2  # enum run_flags
 BUCKETS = 40  # of a latency histogram
+EXIT_SECONDS = 5.0  # how long the interpreter's exit waits for requests whose buffers are Python's
+
+_uncleared = ffi.new_allocator(should_clear_after_alloc=False)  # for buffers that a read fills
 
 Callback = Callable[[int, int], None]  # (result: 0 or -errno, mismatch offset), on the reaper thread
 
@@ -97,6 +101,7 @@ class Reaper:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)  # notified when nothing is waited for
         self._tokens = itertools.count(1)
         self._waiting: dict[int, tuple[Callback, Any]] = {}
         self._thread: threading.Thread | None = None
@@ -109,12 +114,21 @@ class Reaper:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="rbd-aio", daemon=True)
                 self._thread.start()
+                atexit.register(self.drain, EXIT_SECONDS)
             return token
 
     def forget(self, token: int) -> None:
         """The request was not started."""
-        with self._lock:
+        with self._idle:
             del self._waiting[token]
+            if not self._waiting:
+                self._idle.notify_all()
+
+    def drain(self, seconds: float) -> bool:
+        """Waits until every request has completed and its callback has returned; False after `seconds`. Until then the
+        engine writes into Python's buffers. Not from a callback."""
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._waiting, seconds)
 
     def _run(self) -> None:
         fd = check(lib.rbdn_aio_fd(), "completions")
@@ -133,11 +147,15 @@ class Reaper:
 
     def _complete(self, token: int, result: int, mismatch: int) -> None:
         with self._lock:
-            callback, _keep = self._waiting.pop(token)
+            callback, _keep = self._waiting[token]
         try:
             callback(result, mismatch)
         except Exception as failure:  # a callback's defect must not end the completions of everybody else
             threading.excepthook(threading.ExceptHookArgs((type(failure), failure, failure.__traceback__, None)))
+        with self._idle:
+            del self._waiting[token]
+            if not self._waiting:
+                self._idle.notify_all()
 
 
 REAPER = Reaper()
@@ -151,7 +169,7 @@ class NativeImage:
     def __init__(self, spec: ViewSpec, lock_needed: Callable[[], None]) -> None:
         self.id = next(_IDS)
         self._spec = spec
-        EVENTS.on_image(self.id, lambda kind, value: lock_needed() if kind == LOCK_NEEDED else None)
+        EVENTS.on_image(self.id, lambda kind, value: lock_needed() if kind in (LOCK_NEEDED, LOST) else None)
         error = ffi.new("int *")
         view = View(spec)
         try:
@@ -187,6 +205,10 @@ class NativeImage:
                 lib.rbdn_image_unblock(self._image, which)
             check(result, "requests in flight do not end")
 
+    def settle(self, timeout: float) -> None:
+        """Waits until no request uses a view published earlier: their stores may then be closed. ETIMEDOUT."""
+        check(lib.rbdn_image_settle(self.pointer, int(timeout * 1000)), "requests in flight do not end")
+
     def unblock(self, which: int) -> None:
         check(lib.rbdn_image_unblock(self.pointer, which), "unblock the image")
 
@@ -207,7 +229,7 @@ class NativeImage:
     # --- requests that wait
 
     def _io(self, kind: int, offset: int, length: int, buffer: Any = None, flags: int = 0, what: str = "") -> int:
-        size = len(buffer) if buffer is not None else 0
+        size = memoryview(buffer).nbytes if buffer is not None else 0
         pointer = ffi.from_buffer(buffer) if size else ffi.NULL
         mismatch = ffi.new("uint64_t *")
         result = int(lib.rbdn_io(self.pointer, kind, offset, length, pointer, size, flags, mismatch))
@@ -217,7 +239,7 @@ class NativeImage:
         return -1
 
     def read(self, offset: int, length: int) -> bytes:
-        buffer = bytearray(length)
+        buffer = ffi.buffer(_uncleared("char[]", length))
         self._io(READ, offset, length, buffer, what="read")
         return bytes(buffer)
 
@@ -250,7 +272,7 @@ class NativeImage:
     def aio(self, kind: int, offset: int, length: int, buffer: Any, callback: Callback, flags: int = 0) -> None:
         """Starts a request; `callback(result, mismatch)` runs once, on the reaper thread. `buffer` (bytes, or a
         bytearray to read into) is kept until then. OSError: not started, no callback."""
-        size = len(buffer) if buffer is not None else 0
+        size = memoryview(buffer).nbytes if buffer is not None else 0
         pointer = ffi.from_buffer(buffer) if size else ffi.NULL
         token = REAPER.expect(callback, (buffer, pointer))
         result = lib.rbdn_aio(self.pointer, kind, offset, length, pointer, size, flags, token)
@@ -275,13 +297,13 @@ class NativeImage:
             return OpStats(raw.ops[kind], raw.bytes[kind], raw.failed[kind], raw.total_ns[kind], histogram)
 
         return Stats(
-            one(READ),
-            one(WRITE),
-            one(DISCARD),
-            one(WRITE_ZEROES),
-            one(WRITESAME),
-            one(COMPARE_AND_WRITE),
-            one(FLUSH),
+            read=one(READ),
+            write=one(WRITE),
+            discard=one(DISCARD),
+            write_zeroes=one(WRITE_ZEROES),
+            writesame=one(WRITESAME),
+            compare_and_write=one(COMPARE_AND_WRITE),
+            flush=one(FLUSH),
             idle_ns=raw.idle_ns,
             in_flight=raw.in_flight,
             parked=raw.parked,

@@ -19,6 +19,7 @@ EXPORT_CONNECTED = 3
 EXPORT_DISCONNECTED = 4
 EXPORT_BROKEN = 5
 EXPORT_STOPPED = 6
+LOST = 7  # more unread events than the data plane holds: every handler gets it and asks for the state it cares about
 
 Handler = Callable[[int, int], None]  # (event type, value)
 
@@ -73,8 +74,12 @@ class Dispatcher:
 
     def _deliver(self, kind: int, source: int, value: int) -> None:
         with self._lock:
-            handler = (self._images if kind in (LOCK_NEEDED, IO_ERROR) else self._exports).get(source)
-        if handler is not None:
+            if kind == LOST:
+                handlers = [*self._images.values(), *self._exports.values()]
+            else:
+                found = (self._images if kind in (LOCK_NEEDED, IO_ERROR) else self._exports).get(source)
+                handlers = [found] if found is not None else []
+        for handler in handlers:
             try:
                 handler(kind, value)
             except Exception:
