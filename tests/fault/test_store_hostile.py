@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from librbd_py.store.api import Create, Read, WriteFull
+from librbd_py.store.api import Create, Read, SnapContext, WriteFull
 from librbd_py.store.embedded import EmbeddedStore, check
 
 
@@ -239,3 +239,23 @@ def test_the_description_names_what_it_is(path: Path) -> None:
     assert content["version"] == 1
     with EmbeddedStore(path) as store:
         assert store.fsid == content["fsid"]
+
+
+def test_a_damaged_image_does_not_keep_others_from_losing_their_snapshots(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with EmbeddedStore(path) as store:
+        io = store.open("rbd")
+        io.native_data("rbd_data.xyz", 16).close()
+        snap = io.snap_create()
+        for image in ("abc", "xyz"):
+            io.write(f"rbd_data.{image}.{0:016x}", [WriteFull(b"1")])
+            io.write(f"rbd_data.{image}.{0:016x}", [WriteFull(b"2")], SnapContext(snap, (snap,)))
+        store.layouts.close()
+        (path / "data" / "1" / "index").write_bytes(b"damaged")
+        io.snap_remove(snap)
+        assert "clearing up" in caplog.text
+        assert not (path / "data" / "2" / f"clone.{snap}").exists()
+        assert (path / "data" / "1" / f"clone.{snap}").exists()
+    with EmbeddedStore(path) as store:
+        assert store.open("rbd").read(f"rbd_data.xyz.{0:016x}", [Read()]) == [b"2"]

@@ -8,6 +8,7 @@ A crash can leave, and the next to come repairs:
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sqlite3
 import threading
@@ -23,7 +24,7 @@ from ..api import NO_SNAPS
 from ..layout import Layout
 from ..record import LayoutSpec
 from . import content
-from .folder import Folder
+from .folder import DIRECTORY, Folder
 from .objects import drop_object, load_row, next_number, snap_removed
 from .schema import MAP_IN_LAYOUT, ORDINARY, SIDE
 from .steps import step
@@ -287,13 +288,13 @@ class Layouts:
             layout.trim([*live, next_id])
 
     def clone_ids(self, row: LayoutRow) -> list[int]:
-        """Ascending."""
-        folder = self._data.sub(str(row.folder))
+        """Ascending. Quick: snap_remove asks every image of the pool."""
+        fd = os.open(str(row.folder), DIRECTORY, dir_fd=self._data.fd)
         try:
-            matches = (re.fullmatch(r"clone\.(\d{1,20})\.idx", name) for name in folder.names())
-            return sorted(int(match[1]) for match in matches if match)
+            names = os.listdir(fd)
         finally:
-            folder.close()
+            os.close(fd)
+        return sorted(int(name[6:-4]) for name in names if name.endswith(".idx") and name[6:-4].isdecimal())
 
     def mtime_ns(self, row: LayoutRow) -> int:
         """When anything was last written to the image: layouts keep no time per object."""

@@ -55,17 +55,21 @@ def trim(store: EmbeddedStore, pool: int, snap: int) -> None:
                 "SELECT folder, pool, ns, prefix, objorder, header_pool, header FROM layouts WHERE pool=?", (pool,)
             )
         ]
+        failure: OSError | None = None  # of an image that is damaged: the others must not suffer
         for layout in layouts if row is not None else ():
             try:
                 store.layouts.trim(c, layout, snap, row[0] + 1)
             except OSError as error:
                 if error.errno != errno.ENOENT:  # removed meanwhile
-                    raise
+                    failure = error
     step("snap: layouts trimmed")
     with store.writing() as c:
         for (clone,) in c.execute("SELECT clone FROM clone_snaps WHERE pool=? AND snap=?", (pool, snap)).fetchall():
             _drop_snap(c, pool, clone, snap)
-        c.execute("DELETE FROM trims WHERE pool=? AND snap=?", (pool, snap))
+        if failure is None:
+            c.execute("DELETE FROM trims WHERE pool=? AND snap=?", (pool, snap))
+    if failure is not None:
+        raise failure
 
 
 def _drop_snap(c: sqlite3.Connection, pool: int, clone: int, snap: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sqlite3
 import threading
@@ -26,6 +27,8 @@ from .objects import drop_object, next_number
 from .registry import Place, Registry
 from .setup import open_store
 from .steps import step
+
+log = logging.getLogger(__name__)
 
 MAX_POOL_NAME = 256  # bytes
 DEFAULT_BLOCKLIST_SECONDS = 3600  # what 0 means
@@ -139,12 +142,13 @@ class EmbeddedStore(api.Store):
             self.dispatcher.tell(gids, Lost())
 
     def empty_trash(self, folders: Sequence[int]) -> None:
-        """After the commit that put them there."""
-        for folder in folders:
-            self.layouts.remove_folder(folder)
-        if folders:
-            with self.db.write() as c:
-                c.executemany("DELETE FROM trash WHERE folder=?", [(folder,) for folder in folders])
+        """After the commit that put them there. What fails is left to whoever opens the store next."""
+        with _tidying():
+            for folder in folders:
+                self.layouts.remove_folder(folder)
+            if folders:
+                with self.db.write() as c:
+                    c.executemany("DELETE FROM trash WHERE folder=?", [(folder,) for folder in folders])
 
     def _finish_what_others_left(self) -> None:
         with self.reading() as c:
@@ -153,12 +157,14 @@ class EmbeddedStore(api.Store):
         self.finish_trims()
 
     def finish_trims(self) -> None:
-        """Of this client, and of those who died at it."""
-        with self.reading() as c:
+        """Of this client, and of those who died at it. What fails is left to the next."""
+        trims: list[tuple[int, int, int]] = []
+        with _tidying(), self.reading() as c:
             trims = c.execute("SELECT pool, snap, gid FROM trims").fetchall()
         for pool, snap, gid in trims:
-            if gid == self.client.gid or not self.alive(gid):
-                snaps.trim(self, pool, snap)
+            with _tidying():
+                if gid == self.client.gid or not self.alive(gid):
+                    snaps.trim(self, pool, snap)
 
     # --- pools
 
@@ -312,6 +318,15 @@ def _canonical(address: str) -> str:
         return EntityAddress.parse(address).text
     except ValueError as error:
         raise OSError(errno.EINVAL, str(error)) from None
+
+
+@contextmanager
+def _tidying() -> Iterator[None]:
+    """The change itself is made and durable: a failure to clear up behind it is not the caller's."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("clearing up was cut short and will be tried again: %s", error)
 
 
 @contextmanager
