@@ -273,7 +273,7 @@ class Client:
             assert command == BLOCK_STATUS and length > 4 and length % 8 == 4 and struct.unpack(">I", body[:4])[0] == 1
             pairs = tuple(struct.iter_unpack(">II", body[4:]))
             assert all(size for size, _ in pairs) and sum(size for size, _ in pairs) <= wanted
-            return Reply(cookie, extents=pairs, structured=True)  # type: ignore[arg-type]
+            return Reply(cookie, extents=pairs, structured=True)
         assert kind == CHUNK_ERROR, hex(kind)
         error, size = struct.unpack(">IH", body[:6])
         assert error and len(body) == 6 + size

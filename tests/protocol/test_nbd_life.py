@@ -186,7 +186,7 @@ def test_idle_connections_hold_little_memory(nbd: FakeServer) -> None:
     for c in clients + more:
         for n in range(32):
             c.start(READ, n * 4096, 65536)
-        for n in range(32):
+        for _ in range(32):
             c.reply()
         c.write(0, bytes(2 * MIB))
     until(lambda: nbd.rss() - base < 40 * 64 * 1024 * MEMORY_FACTOR, "buffers go back to the system")
