@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from librbd_py.format import features as ft
 from librbd_py.format.object_map import EXISTS_CLEAN, NONEXISTENT
@@ -15,6 +16,7 @@ from librbd_py.store.api import NOSNAP, SnapSet
 
 from .handle import ImageHandle
 from .map_check import snapset_of, version_at
+from .plain import read_view
 from .resize import known_states
 from .snapshots import find
 from .view import ViewSpec
@@ -115,53 +117,69 @@ def _object(
 ) -> Extents:
     changed = None if maps is None else _map_says(maps, objno, bool(start_id), handle.header.parent.exists)
     object_size = handle.header.layout.object_size
-    if changed is None or (changed and not whole):
-        snapset = snapset_of(handle, objno)
-        extents = _history(handle, objno, snapset, start_id, end_id) if snapset is not None else []
-        exists = snapset is not None and version_at(snapset, end_id) is not None
+    if maps is not None and (changed is False or (changed and whole)):
+        exists = _present(maps[-1], objno)
+        extents = [(0, object_size, exists)] if changed else []
     else:
-        exists = changed is not False
-        extents = [(0, object_size, maps is not None and _present(maps[-1], objno))] if changed else []
-    if not exists and not start_id and include_parent and view.parent is not None:
-        extents = _of_parent(view, objno)
+        snapset = snapset_of(handle, objno) or SnapSet(0, ())
+        exists = version_at(snapset, end_id) is not None
+        extents = _history(handle, view, objno, snapset, start_id, end_id, include_parent)
     if whole and extents:
         return [(0, object_size, exists or any(data for _, _, data in extents))]
     return extents
 
 
-def _history(handle: ImageHandle, objno: int, snapset: SnapSet, start_id: int, end_id: int) -> Extents:
+def _history(
+    handle: ImageHandle,
+    view: ViewSpec,
+    objno: int,
+    snapset: SnapSet,
+    start_id: int,
+    end_id: int,
+    include_parent: bool,
+) -> Extents:
     """The bytes of one object that differ between two snapshots, from what neighbouring versions share."""
     order = sorted(snapset.clones, key=lambda clone: clone.clone_id)
     sizes = {clone.clone_id: clone.size for clone in order}
     start = version_at(snapset, start_id) if start_id else None
     end = version_at(snapset, end_id)
-    start_size = sizes[start] if start is not None else 0
-    end_size = sizes[end] if end is not None else 0
-    if start is not None and start == end:
+    if start is None and end is None:
+        # The parent, if any, shows through at both ends.
+        return [] if start_id or not include_parent else [(at, size, True) for at, size in _of_parent(view, objno)]
+    if start is None:
+        shown = _of_parent(handle.view_at(start_id), objno) if start_id else []
+        return _replaced(shown, [(0, sizes[end])] if end is not None else [])
+    if end is None:
+        return _replaced([(0, sizes[start])], _of_parent(view, objno))
+    if start == end:
         return []
-    if start is None or end is None:
-        rows: Extents = []
-        if end_size:
-            rows.append((0, end_size, True))
-        if start_size > end_size:
-            rows.append((end_size, start_size - end_size, False))
-        return rows
-    # Shared through every version from start to end = unchanged. A version in between that no longer exists (its
-    # object was removed and made again) shares nothing.
-    shared = [(0, max(start_size, end_size))]
+    # Shared through every version from start to end = unchanged.
+    shared = [(0, max(sizes[start], sizes[end]))]
     for clone in order:
         if start <= clone.clone_id < end:
             shared = _intersect(shared, list(clone.overlap))
-    rows = []
+    changed: list[tuple[int, int]] = []
     at = 0
-    for first, size in [*shared, (max(start_size, end_size), 0)]:
+    for first, size in [*shared, (max(sizes[start], sizes[end]), 0)]:
         if first > at:
-            if at < end_size:
-                rows.append((at, min(first, end_size) - at, True))
-            if first > end_size:
-                gone = max(at, end_size)
-                rows.append((gone, first - gone, False))
+            changed.append((at, first - at))
         at = max(at, first + size)
+    now = [(0, sizes[end])]
+    return _replaced(_intersect(changed, [(0, sizes[start])]), _intersect(changed, now))
+
+
+def _replaced(before: list[tuple[int, int]], after: list[tuple[int, int]]) -> Extents:
+    """Everything that was or is there: data where it is, holes elsewhere."""
+    edges = sorted({edge for at, size in [*before, *after] for edge in (at, at + size)})
+    rows: Extents = []
+    for first, last in pairwise(edges):
+        is_there = any(at <= first < at + size for at, size in after)
+        if not is_there and not any(at <= first < at + size for at, size in before):
+            continue
+        if rows and rows[-1][0] + rows[-1][1] == first and rows[-1][2] == is_there:
+            rows[-1] = (rows[-1][0], last - rows[-1][0], is_there)
+        else:
+            rows.append((first, last - first, is_there))
     return rows
 
 
@@ -175,19 +193,18 @@ def _intersect(left: list[tuple[int, int]], right: list[tuple[int, int]]) -> lis
     return sorted(out)
 
 
-def _of_parent(view: ViewSpec, objno: int) -> Extents:
+def _of_parent(view: ViewSpec, objno: int) -> list[tuple[int, int]]:
     """Where the parent has data below an object that does not exist in the child."""
-    from .plain import read_view
-
-    rows: Extents = []
+    if view.parent is None:
+        return []
+    rows = []
     at = 0
-    assert view.parent is not None
     for start, size in view.layout.within(objno, 0, view.layout.object_size, view.overlap):
         data = read_view(view.parent, start, size)
         first = len(data) - len(data.lstrip(b"\0"))
         kept = len(data.rstrip(b"\0"))
         if kept > first:
-            rows.append((at + first, kept - first, True))
+            rows.append((at + first, kept - first))
         at += size
     return rows
 

@@ -194,10 +194,13 @@ def config_rows(values: dict[str, str], source: int) -> list[dict[str, Any]]:
     ]
 
 
-class _Unsupported:
+class _Unsupported(_Rows):
     """Names of Ceph's module for things this library does not have yet."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
+        self.get_next_chunk()
+
+    def get_next_chunk(self) -> None:
         raise errors.rbd.FunctionNotSupported(f"{type(self).__name__} is not supported", 38)
 
 

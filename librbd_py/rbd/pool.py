@@ -323,6 +323,8 @@ class Group:
 
 
 for _name in (
+    "__enter__",
+    "__exit__",
     "add_image",
     "create_snap",
     "list_images",
