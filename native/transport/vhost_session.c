@@ -235,11 +235,11 @@ void vhost_session_deadline(struct vhost_session *s)
 /* True: go on with the next message. */
 static bool message_ends(struct vhost_session *s, uint64_t result)
 {
-    const struct vhost_header *h = &s->in.msg.header;
+    const struct vhost_header h = s->in.msg.header;
+    vhost_msg_drop(&s->in); /* first: who sees the acknowledgement may count on its descriptors being closed */
     int rc = 0;
-    if (h->flags & VHOST_NEED_REPLY && s->protocol >> VHOST_P_REPLY_ACK & 1)
-        rc = vhost_write(s->socket.fd, h->request, VHOST_REPLY, &result, sizeof result, -1);
-    vhost_msg_drop(&s->in);
+    if (h.flags & VHOST_NEED_REPLY && s->protocol >> VHOST_P_REPLY_ACK & 1)
+        rc = vhost_write(s->socket.fd, h.request, VHOST_REPLY, &result, sizeof result, -1);
     if (rc == 0)
         return true;
     vhost_session_close(s, rc == -EAGAIN);
