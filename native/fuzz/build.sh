@@ -1,7 +1,7 @@
 #!/bin/bash
 # build.sh [NAME...]: build the fuzz targets native/fuzz/fuzz_NAME.c (all without a NAME) into build/fuzz/fuzz_NAME.
-# A target says in a line " * link: FILE..." which C files under native/ it links, and in " * seeds: SCRIPT" which script
-# beside it writes its seeds; they go to build/fuzz/seeds_NAME. Run: build/fuzz/fuzz_NAME -max_total_time=60 CORPUS SEEDS
+# A target says in a line " * link: FILE..." which C files under native/ it links, in " * define: MACRO" what it wants
+# defined, in " * seeds: SCRIPT" which script beside it writes its seeds, to build/fuzz/seeds_NAME. Run: build/fuzz/fuzz_NAME -max_total_time=60 CORPUS SEEDS
 set -e
 cd "$(dirname "$0")/../.."
 out=build/fuzz
@@ -12,7 +12,8 @@ for name; do
     source=native/fuzz/fuzz_$name.c
     link=$(sed -n 's|^ \* link: ||p' "$source")
     seeds=$(sed -n 's|^ \* seeds: ||p' "$source" | tr -d '*/ ')
-    ${CLANG:-clang-14} $flags -Wall -Wextra -Wno-unused-parameter -pthread -Inative -Itests/native \
+    define=$(sed -n 's|^ \* define: ||p' "$source")
+    ${CLANG:-clang-14} $flags -Wall -Wextra -Wno-unused-parameter -pthread -Inative -Itests/native ${define:+-D$define} \
         "$source" $(printf 'native/%s ' $link) -o "$out/fuzz_$name"
     [ -z "$seeds" ] || python3 "native/fuzz/$seeds" "$out/seeds_$name"
     echo "$out/fuzz_$name"

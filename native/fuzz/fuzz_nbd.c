@@ -7,14 +7,18 @@
  *           0x80    a valid handshake with structured replies and base:allocation for the default export
  *           0x81    a request: 1 byte command, 1 flags, 2 offset / 256, 3 length (a WRITE's payload is made up)
  *           0x82    the client stops reading after N * 64 bytes    0x83    it reads again
- *           0x84    late completions come back                     0x85    resize to N * 4 KiB
- *           0x86    the client closes                              0x87    the export is stopped, hard when N is odd
+ *           0x84    late completions come (N odd: other thread)    0x85    resize to N * 4 KiB
+ *           0x86    the client closes                              0x87    the export is stopped, hard when N is odd,
+ *                                                                          just after the client left when N & 2
+ *           0x88    requests fail with errno N from now on, 0 = no more
+ *           0x89    the handshake's deadline passes
  *           others  nothing
  *
  * The reactor, the pool, the sockets and the image are played by this file, on one thread.
  *
  * link: transport/nbd_server.c transport/nbd_negotiate.c transport/nbd_command.c transport/nbd_conn.c
  * link: transport/nbd_buffer.c transport/export.c
+ * define: NBD_SMALL_LIMITS
  * seeds: seeds_nbd.py */
 #include <assert.h>
 #include <errno.h>
@@ -28,7 +32,8 @@
 
 #define IMAGE_SIZE (1u << 20)
 #define SOCKET_FD 1000
-#define TIMER_FD 2000
+#define DEADLINE_FD 2000
+#define TIMER_FD 2001 /* of the buffer cache */
 
 struct reactor {
     struct post *first, **last;
@@ -36,7 +41,7 @@ struct reactor {
 
 static struct reactor the_reactor = {.last = &the_reactor.first};
 static struct job *jobs, **jobs_last = &jobs;
-static struct fd_watch *socket_watch;
+static struct fd_watch *socket_watch, *timer_watch; /* timer: the handshake deadline */
 static uint32_t interest;
 static const uint8_t *input; /* what the client has sent and nobody received */
 static size_t input_size;
@@ -44,12 +49,13 @@ static size_t may_send;      /* bytes the client will still read */
 static bool client_closed, socket_open;
 static uint64_t replied;
 static int stopped_events;
+static bool elsewhere;       /* completions are on a thread of their own */
 
 int reactors_start(unsigned n) { return 0; }
 unsigned reactors_count(void) { return 1; }
 struct reactor *reactor_pick(void) { return &the_reactor; }
 void reactor_release(struct reactor *r) { }
-bool reactor_here(struct reactor *r) { return true; }
+bool reactor_here(struct reactor *r) { return !elsewhere; }
 void event_post(int type, uint64_t source, int64_t value) { stopped_events += type == EVENT_EXPORT_STOPPED; }
 
 int reactor_watch(struct reactor *r, struct fd_watch *w, uint32_t events)
@@ -58,6 +64,8 @@ int reactor_watch(struct reactor *r, struct fd_watch *w, uint32_t events)
     if (w->fd == SOCKET_FD) {
         socket_watch = w;
         interest = events;
+    } else if (w->fd == DEADLINE_FD) {
+        timer_watch = w;
     }
     return 0;
 }
@@ -73,6 +81,8 @@ void reactor_unwatch(struct fd_watch *w)
 {
     if (w == socket_watch)
         socket_watch = NULL;
+    if (w == timer_watch)
+        timer_watch = NULL;
 }
 
 void reactor_post(struct reactor *r, struct post *p)
@@ -125,7 +135,7 @@ ssize_t nbd_socket_send(int fd, struct iovec *iov, unsigned count)
 }
 
 int nbd_socket_prepare(int fd) { return 0; }
-int nbd_timer_new(int ms) { return TIMER_FD; }
+int nbd_timer_new(int ms) { return ms ? DEADLINE_FD : TIMER_FD; }
 void nbd_timer_arm(int fd, int ms) { }
 void nbd_timer_clear(int fd) { }
 
@@ -177,12 +187,13 @@ static void turn(void)
 
 static void client_sends(const uint8_t *data, size_t size)
 {
-    if (!size || !socket_open)
+    if (input_size)
+        turn();
+    if (!size || !socket_open || input_size) /* the server does not read: this client could not send either */
         return;
     input = data;
     input_size = size;
     turn();
-    input_size = 0; /* what back-pressure left unread is lost: the script goes on out of step, as hostile clients do */
 }
 
 static void handshake(void)
@@ -198,8 +209,12 @@ static size_t request(const uint8_t *data, size_t size)
 {
     if (size < 7)
         return size;
-    uint8_t message[28] = {0x25, 0x60, 0x95, 0x13};
-    uint32_t length = (uint32_t)data[4] << 16 | data[5] << 8 | data[6];
+    static uint8_t message[28] = {0x25, 0x60, 0x95, 0x13}; /* it may wait to be received */
+    if (input_size)
+        turn();
+    if (input_size)
+        return 7;
+    uint32_t length = (uint32_t)(data[4] & 3) << 16 | data[5] << 8 | data[6];
     message[5] = data[1];
     message[7] = data[0];
     nbd_put64(message + 16, ((uint64_t)data[2] << 8 | data[3]) << 8);
@@ -212,8 +227,8 @@ static size_t request(const uint8_t *data, size_t size)
 
 static void step(struct image *image, struct export *export, uint8_t op, const uint8_t **data, size_t *size)
 {
-    uint8_t argument = op > 0x81 && op <= 0x87 && *size ? **data : 0;
-    size_t used = op > 0x81 && op <= 0x87 && *size ? 1 : 0;
+    uint8_t argument = op > 0x81 && op <= 0x88 && *size ? **data : 0;
+    size_t used = op > 0x81 && op <= 0x88 && *size ? 1 : 0;
     if (op < 0x80) {
         used = op < *size ? op : *size;
         client_sends(*data, used);
@@ -227,8 +242,10 @@ static void step(struct image *image, struct export *export, uint8_t op, const u
         may_send = SIZE_MAX / 2;
         turn();
     } else if (op == 0x84) {
+        elsewhere = argument & 1;
         fake_image_release(image, true);
         run_jobs();
+        elsewhere = false;
         turn();
     } else if (op == 0x85) {
         fake_image_change(image, (uint64_t)argument << 12, image->read_only);
@@ -237,7 +254,16 @@ static void step(struct image *image, struct export *export, uint8_t op, const u
         turn();
     } else if (op == 0x87) {
         rbdn_export_stop(export, argument & 1);
+        client_closed |= argument & 2;
+        if (argument & 2 && socket_watch) /* the end of the client is noticed before the order to stop */
+            socket_watch->ready(socket_watch, EPOLLIN | EPOLLHUP);
         turn();
+    } else if (op == 0x89) {
+        if (timer_watch)
+            timer_watch->ready(timer_watch, EPOLLIN);
+        turn();
+    } else if (op == 0x88) {
+        fake_image_fail(image, argument, argument);
     }
     *data += used;
     *size -= used;
@@ -259,6 +285,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     size--;
     image->size = IMAGE_SIZE;
     image->held = mode & 2;
+    fake_image_fail(image, 0, 0);
     rbdn_nbd_config config = {.read_only = mode & 1, .description = "fuzz"};
     struct export *export = rbdn_nbd_export(server, 1, image, "", &config, &err);
     assert(export);
@@ -278,12 +305,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     client_closed = true;
     turn();
+    input_size = 0;
     fake_image_release(image, false);
     run_jobs();
     turn();
     rbdn_export_stop(export, true);
     turn();
-    assert(!socket_open && !socket_watch && stopped_events == 1);
+    assert(!socket_open && !socket_watch && !timer_watch && stopped_events == 1);
     err = rbdn_export_free(export);
     assert(err == 0);
     return 0;

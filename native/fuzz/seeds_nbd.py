@@ -74,11 +74,16 @@ SEEDS = {
     + step(1, 0, 300) * 3
     + step(0, 0, 65536) * 3
     + step(7, 0, 9)
-    + b"\x84"
+    + b"\x84\x01"
     + step(0, 1, 9)
     + b"\x86",
     "blocked": b"\0\x80\x82\x01" + step(0, 0, 0xFFFFF) * 4 + b"\x83" + step(0, 0, 512),
-    "stop": LATE + b"\x80" + step(0, 0, 512) + b"\x87\x00" + step(1, 0, 512) + b"\x87\x01\x84",
+    "stop": LATE + b"\x80" + step(0, 0, 512) + b"\x87\x00" + step(1, 0, 512) + b"\x87\x01\x84\x00",
+    "many": LATE + b"\x80" + step(1, 0, 200) * 20 + b"\x84\x00" + step(0, 0, 60000) * 9 + b"\x84\x01",
+    "race": b"\0\x80" + step(0, 0, 512) + b"\x87\x03",
+    "deadline": b"\0\x04\0\0\0\3\x89\x80",
+    "fails": b"\0\x80\x88\x05" + step(0, 0, 512) + step(7, 0, 512) + b"\x88\x1c" + step(1, 0, 512),
+    "packets": LATE + b"\x80" + (b"\x72" + 3 * (request(1, 0, 10) + b"0123456789")) * 40 + b"\x84\x00",
     "resize": b"\0\x80\x85\x08" + step(0, 0x80, 4096) + b"\x85\xff" + step(0, 0x80, 4096),
 }
 

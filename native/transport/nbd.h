@@ -25,13 +25,22 @@
 #include "transport/nbd_wire.h"
 
 #define NBD_HANDSHAKE_MS 10000
-#define NBD_OPTION_MAX (64u << 10)        /* bytes of one option that we read; longer ones are skipped and refused */
+#ifdef NBD_SMALL_LIMITS /* for fuzzing: back-pressure within a few bytes of input */
+#define NBD_OPTION_MAX 512u
+#define NBD_IN_SIZE 2048u
+#define NBD_IN_ROOM 1024u
+#define NBD_HELD_MAX (200u << 10)
+#define NBD_SLOTS_MAX 6
+#else
+#define NBD_OPTION_MAX (64u << 10) /* bytes of one option that we read; longer ones are skipped and refused */
+#define NBD_IN_SIZE (256u << 10)   /* bytes of a receive buffer */
+#define NBD_IN_ROOM (64u << 10)    /* bytes free in it, else it is compacted or replaced */
+#define NBD_HELD_MAX (60u << 20)   /* bytes of buffers per connection; then we stop reading */
+#define NBD_SLOTS_MAX 512          /* requests per connection; then we stop reading */
+#endif
 #define NBD_OPTION_SKIP_MAX (16u << 20)   /* beyond: disconnect */
 #define NBD_OPTIONS_MAX 4096              /* per connection */
 #define NBD_WRITE_SKIP_MAX (64u << 20)    /* a refused WRITE's payload is read and dropped up to here; else disconnect */
-#define NBD_IN_SIZE (256u << 10)          /* bytes of a receive buffer */
-#define NBD_HELD_MAX (60u << 20)          /* bytes of buffers per connection; then we stop reading */
-#define NBD_SLOTS_MAX 512                 /* requests per connection; then we stop reading */
 #define NBD_RUNS_MAX 4096                 /* extents of one block status reply */
 #define NBD_META_ALLOCATION 1             /* id of base:allocation */
 

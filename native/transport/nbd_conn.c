@@ -12,7 +12,6 @@
 #include "transport/nbd.h"
 #include "transport/nbd_socket.h"
 
-#define ROOM_MIN (64u << 10)   /* bytes free in a receive buffer, else it is compacted or replaced */
 #define SEND_BYTES (256u << 10) /* finished replies that are sent in the middle of a batch */
 #define SEND_COUNT 64
 #define IOV_MAX_SENT 128
@@ -321,7 +320,7 @@ static bool make_room(struct nbd_conn *c)
     }
     if (c->in->refs == 1 && c->in_at == c->in_end)
         c->in_at = c->in_end = 0;
-    if (c->in->size - c->in_end >= ROOM_MIN)
+    if (c->in->size - c->in_end >= NBD_IN_ROOM)
         return true;
     uint32_t unread = nbd_unread(c);
     if (c->in->refs == 1) {
@@ -342,7 +341,7 @@ static bool make_room(struct nbd_conn *c)
 static void receive(struct nbd_conn *c)
 {
     /* Behind a payload there is nothing to parse yet: more input only where there happens to be room. */
-    bool room = c->payload ? c->in && c->in->size - c->in_end >= ROOM_MIN : make_room(c);
+    bool room = c->payload ? c->in && c->in->size - c->in_end >= NBD_IN_ROOM : make_room(c);
     if (!room && !c->payload) {
         close_socket(c);
         return;
