@@ -60,20 +60,10 @@ def diff_iterate(
         raise OSError(errno.EINVAL, "the snapshot is newer than what the image is open at")
     if start_id == end_id:
         return
-    with handle.quiesced(1) if end_id == NOSNAP and handle.is_lock_owner else _nothing():
-        rows = _rows(handle, offset, length, start_id, end_id, include_parent, whole_object)
-        for start, size, data in rows:
-            result = found(start, size, data)
-            if isinstance(result, int) and result < 0:
-                raise OSError(-result, "the callback asked to stop")
-
-
-class _nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exc: object) -> None:
-        return None
+    for start, size, data in _rows(handle, offset, length, start_id, end_id, include_parent, whole_object):
+        result = found(start, size, data)
+        if isinstance(result, int) and result < 0:
+            raise OSError(-result, "the callback asked to stop")
 
 
 def _rows(

@@ -34,9 +34,7 @@ def flatten(handle: ImageHandle, progress: Progress | None = None) -> None:
         handle.data.flush()
         if header.snaps and header.has(ft.OBJECT_MAP):
             maps_of_snapshots(handle)
-        with handle.quiesced():
-            detach(handle)
-            handle.refresh()
+        detach(handle)
     handle.announce()
 
 
@@ -60,8 +58,10 @@ def maps_of_snapshots(handle: ImageHandle) -> None:
 def detach(handle: ImageHandle) -> None:
     """Ends the link of HEAD to its parent; of the child to the parent when no snapshot needs it either."""
     before = handle.header
-    with ignoring(errno.ENOENT):
-        handle.ctx.exec(handle.oid, "rbd", "parent_detach")
+    with handle.quiesced():
+        with ignoring(errno.ENOENT):
+            handle.ctx.exec(handle.oid, "rbd", "parent_detach")
+        handle.refresh()
     detach_child(handle, before)
 
 

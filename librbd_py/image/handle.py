@@ -14,10 +14,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from librbd_py.control import wire
 from librbd_py.control.driver import HeaderControl
+from librbd_py.control.pool import control_pool
 from librbd_py.format import features as ft
 from librbd_py.format import header as fh
 from librbd_py.format.header import ParentImageSpec
@@ -64,6 +66,8 @@ class ImageHandle:
         self._released_by_hand = False
         self._seen_seq = 0
         self._size_limit: int | None = None
+        self._update_watchers: dict[int, Callable[[], None]] = {}
+        self._next_watcher = 0
         self._lost: OSError | None = None
         self.next_touch: dict[str, float] = {}  # access, modify: time.monotonic() of the next look at the times
         self._parents: tuple[ParentImageSpec, ViewSpec, list[DataObjects]] | None = None
@@ -129,6 +133,22 @@ class ImageHandle:
     def stale(self) -> bool:
         """Whether the next look at `header` has to read it."""
         return self.control is not None and self.control.header_seq != self._seen_seq
+
+    def watch_updates(self, callback: Callable[[], None]) -> int:
+        """`callback()` runs on a control thread after somebody, this client included, changed the header. Returns a
+        number for `unwatch_updates`. EINVAL: a read-only handle has no watch."""
+        if self.control is None:
+            raise OSError(errno.EINVAL, "the image is open read-only: nothing tells of changes")
+        with self._state:
+            self._next_watcher += 1
+            self._update_watchers[self._next_watcher] = callback
+            return self._next_watcher
+
+    def unwatch_updates(self, number: int) -> None:
+        """ENOENT."""
+        with self._state:
+            if self._update_watchers.pop(number, None) is None:
+                raise OSError(errno.ENOENT, f"no update watcher {number}")
 
     def refresh(self) -> Header:
         """Reads the header again and publishes what follows from it."""
@@ -248,14 +268,22 @@ class ImageHandle:
     def request_lock(self) -> None:
         """Starts acquiring and returns at once: what waits for the lock starts when the gate opens."""
         if self._lost is not None or self.control is None or self._released_by_hand:
-            log.warning("image %s: a write waits for the exclusive lock, which this handle does not take", self.id)
+            self._refuse_waiting()
             return
         self.control.request_acquire().add_done_callback(self._lock_answered)
 
     def _lock_answered(self, answer: Future[None]) -> None:
         failure = answer.exception()
         if failure is not None:
-            log.warning("image %s: a write waits for the exclusive lock in vain: %s", self.id, failure)
+            log.warning("image %s: the exclusive lock cannot be had: %s", self.id, failure)
+            control_pool().submit(self._refuse_waiting)
+
+    def _refuse_waiting(self) -> None:
+        """Requests that wait for a lock nobody gives end with EROFS, as in librbd; later ones ask again."""
+        with self._state:
+            if not self.closed and not self._owner:
+                self.data.publish(replace(self._view(), read_only=True, need_lock=False))
+                self._publish()
 
     def lock_by_hand(self) -> None:
         """lock_acquire: takes the lock and keeps it when others ask. EINVAL: the image has no such feature."""
@@ -333,17 +361,29 @@ class ImageHandle:
             self.refresh()
         except OSError as failure:
             log.warning("image %s: the header cannot be read: %s", self.id, failure)
+            return
+        with self._state:
+            watchers = [*self._update_watchers.values()]
+        for watcher in watchers:
+            watcher()
 
     def post_acquire(self) -> None:
         with self._state:
             header = load(self.ctx, self.id, read_only=False)
-            if self.objects.native is not None:
-                self.objects.native.own(OWN_SECONDS)
-            if header.has(ft.OBJECT_MAP):
-                self._take_map(header)
-            self._owner = True
-            self._header = header
-            self._publish()
+            native = self.objects.native
+            if native is not None:
+                native.own(OWN_SECONDS)
+            try:
+                if header.has(ft.OBJECT_MAP):
+                    self._take_map(header)
+                self._owner = True
+                self._header = header
+                self._publish()
+            except BaseException:
+                self._owner = False
+                if native is not None:
+                    native.disown()
+                raise
 
     def pre_release(self) -> None:
         with self._holds:

@@ -14,7 +14,7 @@ from .cls import u64
 from .directory import Progress, check_size
 from .handle import ImageHandle
 from .objects import ignoring
-from .plain import EVERYTHING, ObjectMapKeeper, PlainData
+from .plain import ObjectMapKeeper, PlainData
 
 SCAN_LIMIT = 4096  # more objects than this are not tried one by one without a hint of which exist
 
@@ -32,15 +32,16 @@ def resize(handle: ImageHandle, size: int, *, allow_shrink: bool = True, progres
                 handle.limit_size(size)
             try:
                 trim(handle, size, progress)
-                set_size(handle, size)
-                resize_map(handle, size)
+                with handle.quiesced():
+                    set_size(handle, size)
+                    resize_map(handle, size)
             finally:
                 handle.limit_size(None)
         else:
-            resize_map(handle, size)
-            set_size(handle, size)
-        with handle.quiesced(EVERYTHING):
-            handle.refresh()
+            with handle.quiesced():
+                resize_map(handle, size)
+                set_size(handle, size)
+                handle.refresh()
         if progress is not None and size >= header.size:
             progress(header.layout.objects(size), header.layout.objects(size))
     handle.announce()
@@ -51,6 +52,7 @@ def set_size(handle: ImageHandle, size: int) -> None:
 
 
 def resize_map(handle: ImageHandle, size: int) -> None:
+    """No request may run: a map is rewritten as a whole."""
     header = handle.refresh()
     if header.has(ft.OBJECT_MAP):
         try:

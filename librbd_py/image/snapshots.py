@@ -101,17 +101,18 @@ def remove(handle: ImageHandle, snap_id: int) -> None:
 
 def _remove_now(handle: ImageHandle, snap: Snapshot) -> None:
     header = handle.header
-    if header.has(ft.OBJECT_MAP):
-        newer = min((other for other in header.snaps if other > snap.id), default=NOSNAP)
-        try:
-            object_map.snap_remove(handle.ctx, handle.id, snap.id, newer)
-        except OSError as failure:
-            log.warning("image %s: object map of snapshot %d: %s", handle.id, snap.id, failure)
-            object_map.invalidate(handle.ctx, handle.oid, [newer], ft.FLAG_FAST_DIFF_INVALID)
-        handle.take_map()
     with handle.quiesced():
+        if header.has(ft.OBJECT_MAP):
+            newer = min((other for other in header.snaps if other > snap.id), default=NOSNAP)
+            try:
+                object_map.snap_remove(handle.ctx, handle.id, snap.id, newer)
+            except OSError as failure:
+                log.warning("image %s: object map of snapshot %d: %s", handle.id, snap.id, failure)
+                object_map.invalidate(handle.ctx, handle.oid, [newer], ft.FLAG_FAST_DIFF_INVALID)
+            handle.take_map()
         handle.ctx.exec(handle.oid, "rbd", "snapshot_remove", u64(snap.id))
-        detach_child(handle, header)
+        handle.refresh()
+    detach_child(handle, header)
     handle.data_ctx.snap_remove(snap.id)
 
 
@@ -122,7 +123,7 @@ def detach_child(handle: ImageHandle, before: Header) -> None:
     In this order a crash in between leaves a snapshot that knows a clone too many; the other way round it would leave
     a clone that cannot be opened. `before`: the header before that change.
     """
-    after = handle.refresh()
+    after = handle.header
     parent = before.parent
     if not parent.exists or after.parent.exists:
         return

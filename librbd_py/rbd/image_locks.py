@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from librbd_py.errors import rbd_errors
@@ -79,6 +80,19 @@ class ImageLocks:
         """Fences the client (`client.<id>`) and removes its lock. InvalidArgument: no such form of name."""
         with rbd_errors("error unlocking image"):
             locks.break_lock(self.handle, text(client, "client"), text(cookie, "cookie"))
+
+    @requires_not_closed
+    def register_update_watch(self, callback: Callable[[], None]) -> int:
+        """librbd's `rbd_update_watch`, which Ceph's module does not offer: `callback()` runs on a thread of the library
+        after the header changed. The result is for `unregister_update_watch`."""
+        with rbd_errors(f"error watching image {self.label}"):
+            return self.handle.watch_updates(callback)
+
+    @requires_not_closed
+    def unregister_update_watch(self, number: int) -> None:
+        """ImageNotFound: no such watch."""
+        with rbd_errors(f"error watching image {self.label}"):
+            self.handle.unwatch_updates(number)
 
     @requires_not_closed
     def watchers_list(self) -> WatcherIterator:

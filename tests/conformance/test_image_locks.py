@@ -90,6 +90,29 @@ def test_a_lock_taken_by_hand_stays(pair: tuple[rbd.Image, rbd.Image]) -> None:
     assert mine.read(0, 1) == b"y"
 
 
+def test_requests_of_an_export_end_when_the_lock_is_refused(pair: tuple[rbd.Image, rbd.Image]) -> None:
+    mine, theirs = pair
+    theirs.lock_acquire(rbd.RBD_LOCK_MODE_EXCLUSIVE)
+    # Straight to the data path, as the ring of a guest does.
+    with pytest.raises(OSError) as caught:
+        mine.handle.data.write(0, b"x")
+    assert caught.value.errno == 30
+    assert mine.read(0, 1) == b"\0"
+    theirs.lock_release()
+    mine.handle.data.write(0, b"x")
+    assert theirs.read(0, 1) == b"x"
+
+
+def test_changes_are_told_to_who_asked(pair: tuple[rbd.Image, rbd.Image]) -> None:
+    mine, theirs = pair
+    told = threading.Event()
+    number = mine.register_update_watch(told.set)
+    theirs.resize(6 * MIB)
+    assert told.wait(30) and mine.size() == 6 * MIB
+    mine.unregister_update_watch(number)
+    refused(rbd.ImageNotFound, 2, mine.unregister_update_watch, number)
+
+
 def test_without_the_feature_there_is_no_lock(io: ObjectContext) -> None:
     R.create(io, "n", MIB, features=ft.LAYERING)
     with rbd.Image(io, "n") as image:
