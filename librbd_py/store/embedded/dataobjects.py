@@ -197,9 +197,13 @@ class DataTransaction:
         self.changed_data = any(not is_keys_step(step) for step in changes.steps) or not existed
         crash_point("data: keys written")
         steps = [step for step in changes.steps if not is_keys_step(step)]
-        if self._copyup and not existed:
+        # With snapshots in the context the object is not theirs; RBD sends its copy-ups without.
+        if self._copyup and not existed and not changes.snapc.ids:
             steps = self._copy_up(steps)
         exists = self._layout.stat(self._objno) is not None
+        if changes.clone is not None and exists:
+            # Nothing is zeroed, but the snapshot gets its clone: also when the list only touches the object.
+            self._layout.zero(self._objno, 0, 0, changes.snapc)
         for step in steps:
             exists = self._step(step, exists, changes.snapc)
         if changes.exists and not exists:
@@ -247,13 +251,15 @@ class DataTransaction:
 
     def _step(self, step: Step, exists: bool, snapc: SnapContext) -> bool:
         layout, objno = self._layout, self._objno
+        if isinstance(step, record.Delete):
+            if exists:
+                layout.remove(objno, snapc)
+            return False
+        if not exists and isinstance(step, record.Touch | record.ZeroData | record.SetSize):
+            layout.truncate(objno, 0, snapc, create=True)
         match step:
             case record.Touch():
-                if not exists:
-                    layout.truncate(objno, 0, snapc, create=True)
-            case record.Delete():
-                layout.remove(objno, snapc)
-                return False
+                pass
             case record.PutData():
                 layout.write(objno, step.offset, step.data, snapc)
             case record.ZeroData():
