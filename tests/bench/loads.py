@@ -74,9 +74,21 @@ def vufe(mode: str, depth: int, block: int, size: int, cpu: int | None = None, p
     """`mode`: read, write, randread or randwrite."""
 
     def load(server: Server, seconds: float) -> Sample:
-        command = [*pinned(cpu), str(tool("vufe")), str(server.socket), f"mode={mode.removeprefix('rand')}"]
-        command += [f"seq={int(not mode.startswith('rand'))}", f"qd={depth}", f"bs={block}", f"span={size}"]
-        command += [f"seconds={seconds}", "warmup=0", f"wait={'poll' if polling else 'event'}"]
+        command = [
+            *pinned(cpu),
+            str(tool("vufe")),
+            str(server.socket),
+            f"mode={mode.removeprefix('rand')}",
+            f"qd={depth}",
+        ]
+        command += [
+            f"bs={block}",
+            f"span={size}",
+            f"seconds={seconds}",
+            "warmup=0",
+            f"wait={'poll' if polling else 'event'}",
+        ]
+        command += [f"seq={int(not mode.startswith('rand'))}"]
         before = server.cpu_ns()
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         used = server.cpu_ns() - before
