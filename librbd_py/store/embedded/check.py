@@ -201,9 +201,9 @@ class Checker:
                     "no image refers to this folder",
                     "if meta.db was not restored from an older backup, remove the folder",
                 )
-        for number in trash:
-            if data.stat(str(number)) is None and data.stat(f"trash-{number}") is None:
-                c.execute("DELETE FROM trash WHERE folder=?", (number,)) if self.repair else None
+        if self.repair:
+            gone = [n for n in trash if data.stat(str(n)) is None and data.stat(f"trash-{n}") is None]
+            c.executemany("DELETE FROM trash WHERE folder=?", [(number,) for number in gone])
 
     def _check_layout(self, c: sqlite3.Connection, data: Folder, row: LayoutRow) -> None:
         where = f"data/{row.folder} ({row.prefix})"
