@@ -4,8 +4,8 @@
  *
  *   rawnbd SOCKET [read|write] [DEPTH] [BLOCK_SIZE] [SECONDS] [EXPORT] [simple]
  *
- * Prints one line of JSON: {"iops", "bytes_per_s", "p50_us", "p99_us", "requests", "client_cpu_us"}; latency is from the
- * send of a request to the receive that held its reply, cpu per request. Make: cc -O2 -Inative -o rawnbd rawnbd.c */
+ * Prints one line of JSON: {"iops", "bytes_per_s", "p50_us", "p99_us", "requests", "client_cpu_us"}; latency is from
+ * the send of a request to the receive that held its reply, cpu per request. Make: cc -O2 -Inative -o rawnbd rawnbd.c */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdbool.h>
@@ -268,7 +268,7 @@ int main(int argc, char **argv)
     double took = (now - begin) / 1e9;
     printf("{\"iops\": %.0f, \"bytes_per_s\": %.0f, \"p50_us\": %.2f, \"p99_us\": %.2f, \"requests\": %llu, "
            "\"client_cpu_us\": %.2f}\n",
-           b.done / took, b.done * (double)b.block / took, percentile(0.5), percentile(0.99), (unsigned long long)b.done,
-           b.done ? cpu / b.done : 0);
+           b.done / took, b.done * (double)b.block / took, percentile(0.5), percentile(0.99),
+           (unsigned long long)b.done, b.done ? cpu / b.done : 0);
     return 0;
 }

@@ -40,7 +40,7 @@
 #endif
 #define NBD_OPTION_SKIP_MAX (16u << 20)   /* beyond: disconnect */
 #define NBD_OPTIONS_MAX 4096              /* per connection */
-#define NBD_WRITE_SKIP_MAX (64u << 20)    /* a refused WRITE's payload is read and dropped up to here; else disconnect */
+#define NBD_WRITE_SKIP_MAX (64u << 20) /* a refused WRITE's payload is read and dropped up to here; else disconnect */
 #define NBD_RUNS_MAX 4096                 /* extents of one block status reply */
 #define NBD_META_ALLOCATION 1             /* id of base:allocation */
 

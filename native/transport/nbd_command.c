@@ -10,7 +10,8 @@ struct refusal {
 
 static void reply_simple(struct nbd_conn *c, struct nbd_slot *s, uint32_t error)
 {
-    struct nbd_simple_reply head = {.magic = htobe32(NBD_SIMPLE_REPLY_MAGIC), .error = htobe32(error), .cookie = s->cookie};
+    struct nbd_simple_reply head = {.magic = htobe32(NBD_SIMPLE_REPLY_MAGIC), .error = htobe32(error),
+                                    .cookie = s->cookie};
     memcpy(s->head, &head, sizeof head);
     s->reply = s->head;
     s->reply_size = sizeof head;

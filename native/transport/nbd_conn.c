@@ -351,10 +351,12 @@ static void receive(struct nbd_conn *c)
     size_t missing = 0;
     if (c->payload) {
         missing = c->payload->req.len - c->payload_have;
-        iov[count++] = (struct iovec){.iov_base = nbd_buffer_data(c->payload->buffer) + c->payload_have, .iov_len = missing};
+        uint8_t *rest = nbd_buffer_data(c->payload->buffer) + c->payload_have;
+        iov[count++] = (struct iovec){.iov_base = rest, .iov_len = missing};
     }
     if (room)
-        iov[count++] = (struct iovec){.iov_base = nbd_buffer_data(c->in) + c->in_end, .iov_len = c->in->size - c->in_end};
+        iov[count++] = (struct iovec){.iov_base = nbd_buffer_data(c->in) + c->in_end,
+                                      .iov_len = c->in->size - c->in_end};
     ssize_t n = nbd_socket_receive(c->watch.fd, iov, count);
     if (n == -EAGAIN)
         return;

@@ -110,7 +110,8 @@ static int command(rbdn_nbd_server *server, struct image *image, char *line, cha
     if (sscanf(line, "stats %u", &id) == 1 && id < EXPORTS && exports[id]) {
         rbdn_export_stats s;
         int rc = rbdn_export_stats_get(exports[id], &s);
-        snprintf(answer, room, " %u %llu %llu", s.clients, (unsigned long long)s.accepted, (unsigned long long)s.broken);
+        snprintf(answer, room, " %u %llu %llu", s.clients, (unsigned long long)s.accepted,
+                 (unsigned long long)s.broken);
         return rc;
     }
     if (!strcmp(line, "end"))
