@@ -164,10 +164,12 @@ static void writes_park_for_the_lock_and_one_event_is_posted(void)
     assert(finish(ask(i, REQ_FLUSH, 0, 0, 0, 0)) == 0);
     assert(!is_done(w) && !is_done(d) && !is_done(c) && parked(i) == 3);
     assert(next_event(NULL) == EVENT_LOCK_NEEDED && next_event(NULL) == 0);
+    struct ask *again = ask(i, REQ_WRITE, 0, 4096, 1, 0);
+    assert(next_event(NULL) == 0 && parked(i) == 4);
     publish(i, m, (rbdn_view_config){.need_lock = 1}); /* the lock was not to be had: asked for again */
     assert(next_event(NULL) == EVENT_LOCK_NEEDED && next_event(NULL) == 0);
     publish(i, m, (rbdn_view_config){0});
-    assert(finish(w) == 0 && finish(d) == 0);
+    assert(finish(w) == 0 && finish(d) == 0 && finish(again) == 0);
     int64_t r = finish(c);
     assert(r == 0 || r == -EILSEQ);
     assert(next_event(NULL) == 0);
@@ -339,7 +341,10 @@ static void a_compare_and_write_waits_for_earlier_writes_and_holds_later_ones(vo
     memset(caw->data + 512, 6, 512); /* not looked at yet: it waits for `first` */
     struct ask *later = ask(i, REQ_WRITE, 256, 512, 7, 0), *other = ask(i, REQ_WRITE, 8192, 512, 8, 0);
     struct ask *second = ask(i, REQ_COMPARE_AND_WRITE, 511, 1, 7, 0);
-    assert(m->calls[STORE_READ] == 0 && parked(i) == 2);
+    pthread_mutex_lock(&m->lock);
+    assert(m->queued == 2); /* `first` and `other` only: nothing is read for the comparison yet */
+    pthread_mutex_unlock(&m->lock);
+    assert(parked(i) == 2);
     assert(in_flight(i) == 3);
     memory_hold(m, false);
     assert(finish(first) == 0 && finish(caw) == 0 && finish(later) == 0 && finish(other) == 0);
@@ -364,8 +369,12 @@ static void writers_of_one_object_share_its_copy_up(void)
     rbdn_image *i = image_of(m, clone);
     m->pending = parent->pending = 100;
     struct ask *w[40];
+    memory_hold(parent, true);
     for (int n = 0; n < 40; n++)
         w[n] = ask(i, REQ_WRITE, n * 400, 200, n, 0);
+    while (m->calls[STORE_WRITE] < 40) /* all of them found no object before the parent answers */
+        usleep(10);
+    memory_hold(parent, false);
     for (int n = 0; n < 40; n++)
         assert(finish(w[n]) == 0);
     assert(m->calls[STORE_COPYUP] == 1 && parent->calls[STORE_READ] == 1);
@@ -433,6 +442,39 @@ static void a_throttle_keeps_order_and_rate(void)
     assert(finish(a) == 0 && !is_done(b) && parked(i) == 1);
     assert(rbdn_image_throttle(i, 0, 0) == 0); /* ... or until nothing limits it */
     assert(finish(b) == 0);
+    end(i, m);
+}
+
+static struct flag timers_held, timers_may_go;
+
+static void hold_timers(struct timer *t)
+{
+    flag_set(&timers_held);
+    flag_wait(&timers_may_go);
+}
+
+static void a_request_does_not_overtake_throttled_ones(void)
+{
+    struct memory_store *m = store_new();
+    rbdn_image *i = image_of(m, (rbdn_view_config){0});
+    struct timer blocker = {.run = hold_timers};
+    timer_set(&blocker, 0);
+    flag_wait(&timers_held);
+    assert(rbdn_image_throttle(i, 1000, 0) == 0);
+    struct ask *r[110];
+    for (int n = 0; n < 110; n++)
+        r[n] = ask(i, REQ_READ, 0, 512, 0, 0);
+    assert(!is_done(r[109]));
+    uint64_t paid = now_ns() + 50000000; /* what was overdrawn has flowed in, but nobody may say so */
+    while (now_ns() < paid)
+        usleep(1000);
+    struct ask *last = ask(i, REQ_READ, 0, 512, 0, 0);
+    assert(!is_done(last) && !is_done(r[109]));
+    flag_set(&timers_may_go);
+    for (int n = 0; n < 110; n++)
+        assert(finish(r[n]) == 0);
+    assert(finish(last) == 0);
+    timer_cancel(&blocker);
     end(i, m);
 }
 
@@ -639,6 +681,7 @@ int main(void)
     writers_of_one_object_share_its_copy_up();
     discarding_everything_leaves_no_object_or_tombstones();
     a_throttle_keeps_order_and_rate();
+    a_request_does_not_overtake_throttled_ones();
     statistics_count_what_happened();
     compare_and_writes_of_many_threads_lose_nothing();
     load(0, 0, -1);
