@@ -20,7 +20,8 @@ def declarations() -> str:
     """The text of every api_*.h without preprocessor lines."""
     lines: list[str] = []
     for header in HEADERS:
-        lines += [line for line in (NATIVE / "ffi" / header).read_text().splitlines() if not line.lstrip().startswith("#")]
+        text = (NATIVE / "ffi" / header).read_text()
+        lines += [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     return "\n".join(lines)
 
 
