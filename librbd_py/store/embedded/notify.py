@@ -187,8 +187,7 @@ class Dispatcher:
             until = min(deadline, next_look)
             if unsent:
                 until = min(until, now + RETRY)
-            if state.done.wait(max(until - now, 0.0005)):
-                return
+            state.done.wait(max(until - now, 0.0005))
 
     def _send_notify(self, state: _Waiting, gid: int, datagram: bytes) -> bool:
         """True: sent, or there is nobody to send it to."""
