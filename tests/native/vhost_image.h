@@ -109,7 +109,7 @@ static void fake_run(struct image *i, struct req *r)
 
 void image_submit(struct image *i, struct req *r) { fake_run(i, r); }
 
-static void fake_block(struct image *i, bool on)
+__attribute__((unused)) static void fake_block(struct image *i, bool on)
 {
     pthread_mutex_lock(&i->lock);
     i->blocked = on;
@@ -125,7 +125,7 @@ static void fake_block(struct image *i, bool on)
 }
 
 /* Nothing is held any more when from == to. */
-static void fake_hold(struct image *i, uint64_t from, uint64_t to)
+__attribute__((unused)) static void fake_hold(struct image *i, uint64_t from, uint64_t to)
 {
     pthread_mutex_lock(&i->lock);
     i->hold_from = from;
@@ -157,7 +157,7 @@ int rbdn_image_fence(struct image *i, int err)
     return 0;
 }
 
-static void fake_resize(struct image *i, uint64_t size)
+__attribute__((unused)) static void fake_resize(struct image *i, uint64_t size)
 {
     pthread_mutex_lock(&i->lock);
     i->size = size < i->capacity ? size : i->capacity;
