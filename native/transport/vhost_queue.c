@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#define PUBLISH_BYTES (256u << 10) /* finished in one drain: tell the guest, it may work on while we go on */
 #define STRADDLES 64 /* pieces a request may have beyond its descriptors, because buffers reach over regions */
 
 struct slot {
@@ -237,6 +238,7 @@ static bool memory_lost(struct vhost_queue *q)
 static bool read_ring(struct vhost_queue *q)
 {
     unsigned budget = q->ring.num;
+    uint64_t bytes = 0; /* moved since the last publishing */
     bool worked = false, bad = memory_lost(q);
     reading_now = q;
     while (budget && !bad) {
@@ -258,6 +260,11 @@ static bool read_ring(struct vhost_queue *q)
             if (begin(q, head, false)) {
                 bad = true;
                 break;
+            }
+            bytes += q->slots[head].blk.req.len;
+            if (bytes >= PUBLISH_BYTES) {
+                bytes = 0;
+                publish(q);
             }
         }
     }
