@@ -245,13 +245,14 @@ if child == 0:
     os.read(reader, 1)  # lives as long as the test wants
     os._exit(0)
 io.write("from the parent", [Create()])
+say("parent", os.getpid())
 hear()
 os.kill(os.getpid(), signal.SIGKILL)
 """
     io = store.open("rbd")
     parent = pack.start(program)
-    word, child = parent.hear().split()
-    assert word == "child"
+    said = dict(parent.hear().split() for _ in range(2))
+    child = said["child"]
     try:
         assert len(io.read("o", [ListWatchers()])[0]) == 1
         assert len(io.notify("o", b"", DEADLINE * 1000).acks) == 1
