@@ -241,6 +241,8 @@ class AsyncImage(Face):
     lock_get_owners = listing(face.Image.lock_get_owners)
     metadata_list = listing(face.Image.metadata_list)
     watchers_list = listing(face.Image.watchers_list)
+    register_update_watch = coroutine(face.Image.register_update_watch)
+    unregister_update_watch = coroutine(face.Image.unregister_update_watch)
     access_timestamp = coroutine(face.Image.access_timestamp)
     block_name_prefix = coroutine(face.Image.block_name_prefix)
     break_lock = coroutine(face.Image.break_lock)

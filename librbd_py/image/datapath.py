@@ -219,6 +219,11 @@ class NativeImage:
         """0 = unlimited."""
         check(lib.rbdn_image_throttle(self.pointer, iops, bytes_per_second), "throttle the image")
 
+    @property
+    def in_use(self) -> bool:
+        """An export serves it."""
+        return bool(self._image) and lib.rbdn_image_users(self._image) > 0
+
     def close(self) -> None:
         """EBUSY while an export serves the image. Idempotent."""
         if self._image:

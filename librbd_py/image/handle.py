@@ -369,6 +369,8 @@ class ImageHandle:
 
     def post_acquire(self) -> None:
         with self._state:
+            if self.closed:
+                raise OSError(errno.ESHUTDOWN, "the image is closed")
             header = load(self.ctx, self.id, read_only=False)
             native = self.objects.native
             if native is not None:
@@ -410,9 +412,11 @@ class ImageHandle:
                 self._holds.notify_all()
 
     def lost(self, failure: OSError) -> None:
-        self._lost = failure
-        self._owner = False
-        self.data.fence(failure.errno or errno.ESHUTDOWN)
+        with self._state:
+            self._lost = failure
+            self._owner = False
+            if not self.closed:
+                self.data.fence(failure.errno or errno.ESHUTDOWN)
 
     def peer_op(self, message: Any) -> int | None:
         """Operations of other clients are not run for them: they take the lock and do it themselves."""
@@ -475,6 +479,8 @@ class ImageHandle:
         with self._one_op:
             if self.closed:
                 return
+            if self.data.in_use:
+                raise OSError(errno.EBUSY, "an export serves the image")
             failure: OSError | None = None
             if self.control is not None:
                 try:

@@ -88,6 +88,8 @@ class PlainData:
             self._fenced = self._fenced or code
             self._gate.notify_all()
 
+    in_use = False  # nothing but Python can serve it
+
     def close(self) -> None:
         self.fence(errno.ESHUTDOWN)
         with self._gate:

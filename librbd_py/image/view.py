@@ -95,4 +95,8 @@ class DataPath(Protocol):
     def copyup(self, objno: int) -> bool:
         """Copies one object of the parent into the image unless it exists there; True when something was copied."""
 
+    @property
+    def in_use(self) -> bool:
+        """An export serves the image."""
+
     def close(self) -> None: ...

@@ -189,6 +189,16 @@ int rbdn_image_publish(rbdn_image *i, rbdn_view *v)
     return rc;
 }
 
+int rbdn_image_users(rbdn_image *i)
+{
+    int count = 0;
+    pthread_mutex_lock(&i->users_lock);
+    for (struct image_user *u = i->users; u; u = u->next)
+        count++;
+    pthread_mutex_unlock(&i->users_lock);
+    return count;
+}
+
 int rbdn_image_close(rbdn_image *i)
 {
     pthread_mutex_lock(&i->users_lock);

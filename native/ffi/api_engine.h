@@ -45,6 +45,8 @@ int rbdn_image_block(rbdn_image *i, int which, int timeout_ms);
 int rbdn_image_unblock(rbdn_image *i, int which);
 /* From now on every request, parked ones included, fails with err (-ESHUTDOWN: fenced; -EIO: failed flush). Final. */
 int rbdn_image_fence(rbdn_image *i, int err);
+/* How many exports hold the image now. */
+int rbdn_image_users(rbdn_image *i);
 /* Fails who waits at the gate with -ESHUTDOWN, drains, then frees. -EBUSY while an export holds it. */
 int rbdn_image_close(rbdn_image *i);
 

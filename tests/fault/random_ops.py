@@ -130,6 +130,10 @@ class Program:
         elif pick < 0.6:
             start = self.random.randrange(0, size, 4096)
             length = 4096 * self.random.randint(1, 6)
+        elif pick < 0.75:
+            grain = self.random.choice((4096, 8192, 16384, 65536))  # whole objects of some image
+            start = self.random.randrange(0, size, grain)
+            length = grain
         else:
             start = self.random.randrange(size)
             length = self.random.randint(1, 9000)
