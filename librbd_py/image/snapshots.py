@@ -237,11 +237,25 @@ def _map_rolled_back(handle: ImageHandle, snap_id: int) -> None:
     try:
         states = object_map.load(handle.ctx, handle.id, snap_id)
         count = header.layout.objects(header.size)
-        present = bytes(NONEXISTENT if state == NONEXISTENT else EXISTS for state in states[:count])
-        object_map.save(handle.ctx, handle.id, NOSNAP, present + bytes(count - len(present)), locked=True)
+        present = bytearray(NONEXISTENT if state == NONEXISTENT else EXISTS for state in states[:count])
+        # A copy-up gives data to older snapshots too, behind the back of their maps.
+        for objno in range(min(len(present), header.layout.objects(header.overlap_at(NOSNAP)))):
+            if present[objno] == NONEXISTENT and _exists(handle, objno):
+                present[objno] = EXISTS
+        object_map.save(handle.ctx, handle.id, NOSNAP, bytes(present) + bytes(count - len(present)), locked=True)
     except OSError as failure:
         handle.map_failed(failure)
     handle.take_map()
+
+
+def _exists(handle: ImageHandle, objno: int) -> bool:
+    try:
+        handle.data_ctx.stat(handle.objects.oid(objno))
+    except OSError as failure:
+        if failure.errno != errno.ENOENT:
+            raise
+        return False
+    return True
 
 
 def set_limit(handle: ImageHandle, limit: int) -> None:
