@@ -27,6 +27,7 @@ from vhost_frontend import (
     REM_MEM_REG,
     RESET_DEVICE,
     SET_CONFIG,
+    SET_VRING_CALL,
     T_DISCARD,
     T_FLUSH,
     T_GET_ID,
@@ -337,14 +338,23 @@ def test_disabled_ring_waits(vhost: Server) -> None:
 def test_call_descriptor_may_change_under_a_running_ring(vhost: Server) -> None:
     with frontend(vhost.path) as front:
         queue = front.queues[0]
-        front.tell(13, struct.pack("<Q", 0x100))  # none
-        head = front.build(T_FLUSH)[0]
-        queue.offer(head)
-        queue.kick_now()
-        wait_until(lambda: queue.used_idx() == 1, "used without a signal")
-        front.tell(13, struct.pack("<Q", 0), [queue.call])
-        assert queue.wait() == [(head, 1)]
-        assert front.request(T_FLUSH)[0] == OK
+        before = len(vhost.fds())
+        for _ in range(3):
+            front.tell(SET_VRING_CALL, struct.pack("<Q", 0x100))  # none
+            assert len(vhost.fds()) == before - 1
+            queue.signalled()
+            head = front.build(T_FLUSH)[0]
+            queue.offer(head)
+            queue.kick_now()
+            wait_until(lambda: queue.used_idx() != queue.seen, "used without a signal")
+            assert not queue.signalled()
+            front.tell(SET_VRING_CALL, struct.pack("<Q", 0), [queue.call])
+            assert queue.signalled()  # for what nobody could be told before
+            assert queue.take() == [(head, 1)]
+            assert front.request(T_FLUSH)[0] == OK
+            front.tell(SET_VRING_CALL, struct.pack("<Q", 0), [queue.call])
+            assert front.request(T_FLUSH)[0] == OK
+            assert len(vhost.fds()) == before
 
 
 def test_one_front_end_after_the_other(vhost: Server) -> None:

@@ -133,9 +133,14 @@ def test_used_ring_is_marked_at_the_address_given_and_only_if_asked_for(vhost: S
         front.set_features(1 << F_LOG_ALL)
         assert front.write(0, bytes(512)) == OK
         marked = log.pages()
-        front.set_addr(0, queue, flags=1, log=3 << 20)
+        there = (3 << 20) + PAGE - 4  # the index ends one page, the entries begin the next
+        front.set_addr(0, queue, flags=1, log=there)
         assert front.write(0, bytes(512)) == OK
-        assert log.pages() - marked == {page_of(3 << 20)}
+        assert log.pages() - marked == {page_of(there), page_of(there) + 1}
+        front.set_addr(0, queue, flags=0, log=there)
+        log.pages()
+        assert front.write(0, bytes(512)) == OK
+        assert log.pages() <= marked
     log.close()
 
 

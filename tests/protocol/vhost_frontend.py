@@ -167,6 +167,12 @@ class Queue:
             out += self.take()
         return out
 
+    def signalled(self) -> bool:
+        """Was there a signal since the last one was taken? Takes it."""
+        with contextlib.suppress(BlockingIOError):
+            return os.eventfd_read(self.call) > 0
+        return False
+
     def broken(self, timeout: float = TIMEOUT) -> bool:
         """Waits for the error eventfd."""
         return bool(select.select([self.err], [], [], timeout)[0])
