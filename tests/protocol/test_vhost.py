@@ -9,6 +9,7 @@ import struct
 
 import pytest
 from vhost_frontend import (
+    ADD_MEM_REG,
     ALL_PROTOCOL,
     F_CONFIG_WCE,
     F_EVENT_IDX,
@@ -355,6 +356,12 @@ def test_call_descriptor_may_change_under_a_running_ring(vhost: Server) -> None:
             front.tell(SET_VRING_CALL, struct.pack("<Q", 0), [queue.call])
             assert front.request(T_FLUSH)[0] == OK
             assert len(vhost.fds()) == before
+        # a descriptor that takes the number of one let go is not closed in its stead
+        more = Memory(guest=1 << 40, user=1 << 40)
+        assert front.tell(ADD_MEM_REG, bytes(8) + more.describe(), [more.fd]) == 0
+        front.enable(0)
+        assert len(vhost.fds()) == before + 1
+        more.close()
 
 
 def test_one_front_end_after_the_other(vhost: Server) -> None:
