@@ -2,7 +2,7 @@
  *
  *   vufe SOCKET [name=value ...]         prints one JSON object
  *
- *   mode=read|write|mixed|verify  verify: write patterns, flush, read back; with crash=1 see below      (read)
+ *   mode=read|write|mixed|verify  verify: stamped writes and reads, flush, everything read back        (read)
  *   bs=4096         bytes a request          qd=32          requests in flight, all queues together
  *   queues=1        num=256                  ring entries a queue
  *   seconds=2       warmup=0.2               seconds, not counted
