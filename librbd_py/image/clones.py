@@ -82,11 +82,15 @@ def inherited(header: Header, options: CreateOptions) -> CreateOptions:
     return replace(options, order=order, stripe_unit=unit, stripe_count=count)
 
 
-def attach(parent: ImageHandle, ctx: ObjectContext, image_id: str, clone_format: int) -> None:
-    """Ties a new, empty image to the snapshot `parent` is open at."""
+def attach(
+    parent: ImageHandle, ctx: ObjectContext, image_id: str, clone_format: int, overlap: int | None = None
+) -> None:
+    """Ties a new, empty image to the snapshot `parent` is open at, of which it sees `overlap` bytes (None: all)."""
     header = parent.header
     spec = ParentImageSpec(parent.ctx.pool_id, parent.ctx.namespace, parent.id, parent.snap_id)
     size = header.size_at(parent.snap_id)
+    if overlap is not None:
+        size = min(size, overlap)
     oid = header_oid(image_id)
     if size:
         ctx.write(oid, [call("parent_attach", cls.encoded(spec), u64(size))])

@@ -76,7 +76,10 @@ def deep_copy(
             source.set_snapshot(None)
             if dest.header.size != header.size:
                 resize(dest, header.size)
-            copy_range(source, dest, last, progress, include_parent=not keeps_parent)
+            if keeps_parent:
+                _copy_over_parent(source, dest, progress)
+            else:
+                copy_range(source, dest, last, progress)
             dest.data.flush()
     except BaseException:
         source.set_snapshot(None if before == NOSNAP else before)
@@ -93,8 +96,31 @@ def _same_parent(source: ImageHandle, dest: ImageHandle) -> None:
     spec = source.header.parent
     ctx = source.store.open(spec.pool_id, spec.pool_namespace)
     with ImageHandle.open(ctx, image_id=spec.image_id, snapshot=spec.snap_id, read_only=True) as parent:
-        attach(parent, dest.ctx, dest.id, 2 if source.header.op_features & ft.OP_CLONE_CHILD else 1)
+        attach(
+            parent,
+            dest.ctx,
+            dest.id,
+            2 if source.header.op_features & ft.OP_CLONE_CHILD else 1,
+            source.header.overlap_at(NOSNAP),
+        )
     dest.changed()
+
+
+def _copy_over_parent(source: ImageHandle, dest: ImageHandle, progress: Progress | None) -> None:
+    """Both show the same parent: writes where they differ. Reads all, because an empty object of the source hides
+    the parent as much as a full one."""
+    view = source.view_at(source.snap_id)
+    before_write(dest)
+    for offset in range(0, view.size, CHUNK):
+        if progress is not None:
+            progress(offset, view.size)
+        take = min(CHUNK, view.size - offset)
+        content = read_view(view, offset, take)
+        if content != dest.data.read(offset, take):
+            if content.strip(b"\0"):
+                dest.data.write(offset, content)
+            else:
+                dest.data.write_zeroes(offset, take)
 
 
 def _options(source: ImageHandle, options: CreateOptions) -> CreateOptions:
@@ -114,8 +140,6 @@ def copy_range(
     dest: ImageHandle,
     from_snapshot: int | None,
     progress: Progress | None,
-    *,
-    include_parent: bool = True,
 ) -> None:
     """Writes into `dest` what changed in `source` since the snapshot."""
     view = source.view_at(source.snap_id)
@@ -137,6 +161,6 @@ def copy_range(
                 dest.data.write_zeroes(offset, take)
             offset += take
 
-    diff_iterate(source, 0, total, from_snapshot, found, include_parent=include_parent)
+    diff_iterate(source, 0, total, from_snapshot, found)
     if progress is not None:
         progress(total, total)
