@@ -107,7 +107,7 @@ class Version:
 
 @dataclass(frozen=True)
 class CmpXattr:
-    """ECANCELED unless equal (op 'eq'); ops as in RADOS: eq ne gt ge lt le."""
+    """ECANCELED unless `value op stored` holds; ops: eq ne gt ge lt le. A missing xattr is empty. ENOENT."""
 
     name: str
     value: bytes
@@ -116,7 +116,8 @@ class CmpXattr:
 
 @dataclass(frozen=True)
 class OmapCmp:
-    """ECANCELED unless every comparison holds. key -> (value, op)."""
+    """ECANCELED unless every comparison `stored op value` holds: key -> (value, op), ops eq lt gt. A missing key is
+    empty. ENOENT."""
 
     comparisons: Mapping[bytes, tuple[bytes, str]]
 
@@ -165,12 +166,16 @@ class WriteSame:
 
 @dataclass(frozen=True)
 class Zero:
+    """Never extends. When it reaches the end of the object it truncates it, as an OSD does. No object: nothing."""
+
     offset: int
     length: int
 
 
 @dataclass(frozen=True)
 class Truncate:
+    """Cuts or extends. No object: nothing."""
+
     size: int
 
 
@@ -192,7 +197,7 @@ class SetXattr:
 
 @dataclass(frozen=True)
 class RmXattr:
-    name: str  # ENODATA
+    name: str  # need not exist; the object must: ENOENT
 
 
 @dataclass(frozen=True)

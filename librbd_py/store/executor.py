@@ -186,14 +186,23 @@ class _Run:
         return self._tx.version()
 
     def _op_cmp_xattr(self, op: api.CmpXattr) -> None:
-        held = (self._base.xattr(op.name) if self._base is not None else None) or b""
+        try:
+            held = self.xattr(op.name)
+        except OSError as e:
+            if e.errno != errno.ENODATA:
+                raise
+            held = b""
         if not _compare(op.op, op.value, held):
             raise fail(errno.ECANCELED, f"xattr {op.name!r} of {self.oid!r} is not {op.op} what was asked")
 
     def _op_omap_cmp(self, op: api.OmapCmp) -> None:
+        self._must_exist()
         held = self._base.omap_get(list(op.comparisons)) if self._base is not None else {}
         for key, (value, relation) in op.comparisons.items():
-            if not _compare(relation, held.get(key, b""), value):
+            if relation not in ("eq", "lt", "gt"):
+                raise fail(errno.EINVAL, f"omap comparison {relation!r}")
+            # An OSD compares these as signed characters.
+            if not _compare(relation, held.get(key, b"").translate(_SIGNED), bytes(value).translate(_SIGNED)):
                 raise fail(errno.ECANCELED, f"omap key {key!r} of {self.oid!r} is not {relation} what was asked")
 
     def _op_cmp_ext(self, op: api.CmpExt) -> None:
@@ -272,7 +281,8 @@ class _Run:
         if not op.data or op.length < 0 or op.length % len(op.data):
             raise fail(errno.EINVAL, "writesame: the pattern's length does not divide the range")
         _check_range(op.offset, op.length)
-        self.write(op.offset, bytes(op.data) * (op.length // len(op.data)))
+        if op.length:
+            self.write(op.offset, bytes(op.data) * (op.length // len(op.data)))
 
     def _op_zero(self, op: api.Zero) -> None:
         self.zero(op.offset, op.length)
@@ -296,11 +306,18 @@ class _Run:
                 self.remove()
             return
         if clone_id is None:
-            return  # unchanged since
-        if self._exists:
-            self._modified.append((0, self._size))
+            # Unchanged since; but it counts as a change, so the snapshots in the context get their copy.
+            self._steps.append(record.Touch())
+            return
         size = tx.clone(clone_id).size
-        self._modified.append((0, size))
+        changed: Extents = ((0, max(size, self._size)),)
+        shared = changed
+        for clone in snapset.clones:
+            if clone.clone_id >= clone_id:
+                shared = record.intersect(shared, clone.overlap)
+        for offset, length in shared:
+            changed = record.subtract(changed, offset, length)
+        self._modified.extend(changed)
         self._exists, self._size = True, size
         self._steps.append(record.Restore(clone_id, op.snap_id))
 
@@ -309,9 +326,9 @@ class _Run:
 
     def _op_rm_xattr(self, op: api.RmXattr) -> None:
         self._must_exist()
-        if self._base is None or self._base.xattr(op.name) is None:
-            raise fail(errno.ENODATA, f"object {self.oid!r} has no xattr {op.name!r}")
-        self._steps.append(record.DropXattr(op.name))
+        held = self._base is not None and self._base.xattr(op.name) is not None
+        if held or any(isinstance(step, record.PutXattr) and step.name == op.name for step in self._steps):
+            self._steps.append(record.DropXattr(op.name))
 
     def _op_omap_set(self, op: api.OmapSet) -> None:
         self.omap_set(op.values)
@@ -329,7 +346,8 @@ class _Run:
         self._steps.append(record.ClearOmap())
 
     def _op_alloc_hint(self, op: api.SetAllocHint) -> None:
-        self.create()
+        # The hint itself means nothing here. It creates the object, and counts as a change where snapshots need a copy.
+        self.write(0, b"")
 
     # --- class methods
 
@@ -358,12 +376,14 @@ class _Run:
         return self._base.read(offset, min(length, size - offset) if length else size - offset)
 
     def xattr(self, name: str) -> bytes:
+        self._must_have_existed()
         value = self._base.xattr(name) if self._base is not None else None
         if value is None:
             raise fail(errno.ENODATA, f"object {self.oid!r} has no xattr {name!r}")
         return value
 
     def xattrs(self) -> dict[str, bytes]:
+        self._must_have_existed()
         return self._base.xattrs() if self._base is not None else {}
 
     def omap_get(self, key: bytes) -> bytes:
@@ -382,7 +402,10 @@ class _Run:
         return page, next(iter(rows), None) is not None
 
     def snap_seq(self) -> int:
-        return self._tx.snapset().seq
+        snapset = self._tx.snapset()
+        if not self._exists and not snapset.clones:
+            raise fail(errno.ENOENT, f"object {self.oid!r} does not exist")
+        return snapset.seq
 
     def _may_write(self) -> None:
         if not self._method_may_write:
@@ -390,6 +413,11 @@ class _Run:
 
     def _must_exist(self) -> None:
         if not self._exists:
+            raise fail(errno.ENOENT, f"object {self.oid!r} does not exist")
+
+    def _must_have_existed(self) -> None:
+        """A removed head whose clones remain counts: an OSD keeps a record of it (a "whiteout") without attributes."""
+        if self._base is None and not self._tx.snapset().clones:
             raise fail(errno.ENOENT, f"object {self.oid!r} does not exist")
 
     def create(self, exclusive: bool = False) -> None:
@@ -416,6 +444,10 @@ class _Run:
             self._modified.append((offset, len(data)))
             self._size = max(self._size, offset + len(data))
             self._steps.append(record.PutData(offset, bytes(data)))
+        elif offset > self._size:
+            self._modified.append((self._size, offset - self._size))
+            self._size = offset
+            self._steps.append(record.SetSize(offset))
         else:
             self._steps.append(record.Touch())
 
@@ -446,8 +478,11 @@ class _Run:
         _check_range(offset, length)
         if not self._exists:
             return
-        length = min(length, self._size - offset)
-        if length > 0:
+        if offset + length >= self._size:
+            # As an OSD does: zeros at the end of an object are not kept.
+            if length and offset < self._size:
+                self.truncate(offset)
+        elif length:
             self._modified.append((offset, length))
             self._steps.append(record.ZeroData(offset, length))
 
@@ -488,6 +523,8 @@ def _check_range(offset: int, length: int) -> None:
     if offset >= record.MAX_OBJECT_SIZE or length > record.MAX_OBJECT_SIZE - offset:
         raise fail(errno.EFBIG, f"{offset}~{length} is beyond {record.MAX_OBJECT_SIZE} bytes")
 
+
+_SIGNED = bytes(range(128, 256)) + bytes(range(128))
 
 _RELATIONS: dict[str, Callable[[bytes, bytes], bool]] = {
     "eq": lambda a, b: a == b,

@@ -75,7 +75,7 @@ class PutData:
 @dataclass(frozen=True)
 class ZeroData:
     offset: int
-    length: int  # > 0, inside the object's current size
+    length: int  # > 0; ends before the object's current end
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ def _entity(context: Context) -> EntityName:
 
 
 def _load(context: Context, name: str) -> LockState:
-    """Lockers whose time is up are not there. Never locked: the empty state. EIO for an xattr that does not parse."""
+    """Lockers whose time is up are not there. Never locked: the empty state. ENOENT without the object, EIO for an
+    xattr that does not parse."""
     try:
         raw = context.xattr(lock.XATTR_PREFIX + name)
     except OSError as e:
@@ -64,7 +65,12 @@ def take(context: Context, data: bytes) -> bytes:
     must_renew = bool(request.flags & lock.FLAG_MUST_RENEW)
     if may_renew and must_renew:
         raise _bad("may-renew and must-renew exclude each other")
-    state = _load(context, request.name)
+    try:
+        state = _load(context, request.name)
+    except OSError as e:
+        if e.errno != errno.ENOENT:
+            raise
+        state = LockState()  # the lock makes the object
     lockers = dict(state.lockers)
     me = LockerId(_entity(context), request.cookie)
     # Before the renewal check: a renewal must not slip in under another tag.

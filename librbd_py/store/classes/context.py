@@ -42,9 +42,10 @@ class Context(Protocol):
         """Short at the end; length 0 = to the end; b"" when the object did not exist."""
 
     def xattr(self, name: str) -> bytes:
-        """ENODATA; also when the object did not exist."""
+        """ENODATA; ENOENT when the object did not exist."""
 
-    def xattrs(self) -> dict[str, bytes]: ...
+    def xattrs(self) -> dict[str, bytes]:
+        """ENOENT."""
 
     def omap_get(self, key: bytes) -> bytes:
         """ENOENT; also when the object did not exist."""
@@ -55,7 +56,7 @@ class Context(Protocol):
         """Rows in key order and whether there are more. `limit` is the only bound."""
 
     def snap_seq(self) -> int:
-        """Of the object's snapset; 0 when it never existed."""
+        """Of the object's snapset; ENOENT when there is neither a head nor a clone."""
 
     def create(self, exclusive: bool = False) -> None:
         """EEXIST."""

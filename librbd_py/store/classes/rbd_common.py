@@ -108,9 +108,9 @@ def snaps(context: Context) -> Iterator[Snap]:
         yield stored(Snap.decode, raw)
 
 
-def rows(context: Context, prefix: bytes, start_after: bytes | None = None, limit: int = 1 << 62) -> dict[bytes, bytes]:
+def rows(context: Context, prefix: bytes, start_after: bytes = b"", limit: int = 1 << 62) -> dict[bytes, bytes]:
     """Omap rows with the prefix, after the key `start_after`, at most `limit`."""
-    return context.omap_vals(b"" if start_after is None else start_after, prefix, limit)[0]
+    return context.omap_vals(start_after, prefix, limit)[0]
 
 
 def read_parent(context: Context) -> Parent:

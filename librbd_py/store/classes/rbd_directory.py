@@ -8,14 +8,25 @@ import re
 from librbd_py.format.encoding import Decoder, Encoder, encode_string
 
 from .context import Context, stored
-from .rbd_common import encode_map, has_key, invalid, raw, read_string, read_value, rows, text, write_value
+from .rbd_common import (
+    check_exists,
+    encode_map,
+    has_key,
+    invalid,
+    raw,
+    read_string,
+    read_value,
+    rows,
+    text,
+    write_value,
+)
 from .registry import method
 
 _NAME, _ID, _STATE = b"name_", b"id_", b"state"
 STATE_READY, STATE_ADD_DISABLED = 0, 1
 
 
-def _check_id(value: str) -> None:
+def check_id(value: str) -> None:
     if re.fullmatch(r"[0-9A-Za-z]+", value, re.ASCII) is None:
         raise invalid(f"{value!r} is not an id")
 
@@ -23,7 +34,7 @@ def _check_id(value: str) -> None:
 def _add(context: Context, name: str, item: str, unique_id: bool = True) -> None:
     if not name:
         raise invalid("the name is empty")
-    _check_id(item)
+    check_id(item)
     if has_key(context, _NAME + raw(name)):
         raise OSError(errno.EEXIST, f"{name!r} exists")
     if unique_id and has_key(context, _ID + raw(item)):
@@ -32,7 +43,8 @@ def _add(context: Context, name: str, item: str, unique_id: bool = True) -> None
 
 
 def _remove(context: Context, name: str, item: str) -> None:
-    if read_string(context, _NAME + raw(name)) != item or read_string(context, _ID + raw(item)) != name:
+    held_id, held_name = read_string(context, _NAME + raw(name)), read_string(context, _ID + raw(item))
+    if held_id != item or held_name != name:
         raise OSError(errno.ESTALE, f"{name!r} and {item} do not belong together")
     context.omap_remove([_NAME + raw(name), _ID + raw(item)])
 
@@ -41,7 +53,11 @@ def _list(context: Context, data: bytes) -> bytes:
     source = Decoder(data)
     start, limit = source.string(), source.u64()
     found = rows(context, _NAME, _NAME + raw(start), limit)
-    return encode_map({text(key[len(_NAME) :]): value for key, value in found.items()})
+    return encode_map({text(key[len(_NAME) :]): encode_string(stored(_string, value)) for key, value in found.items()})
+
+
+def _string(value: bytes) -> str:
+    return Decoder(value).string()
 
 
 def _two(data: bytes) -> tuple[str, str]:
@@ -106,12 +122,13 @@ def dir_state_assert(context: Context, data: bytes) -> bytes:
 @method("rbd", "dir_state_set", writes=True)
 def dir_state_set(context: Context, data: bytes) -> bytes:
     wanted = Decoder(data).u8()
-    context.create()
     if wanted == STATE_ADD_DISABLED:
-        if rows(context, _NAME, None, 1) or rows(context, _ID, None, 1):
+        check_exists(context)
+        if rows(context, _NAME, _NAME, 1) or rows(context, _ID, _ID, 1):
             raise OSError(errno.EBUSY, "the directory is not empty")
     elif wanted != STATE_READY:
         raise invalid(f"directory state {wanted}")
+    context.create()
     if not has_key(context, _STATE) or _state(context) != wanted:
         write_value(context, _STATE, bytes([wanted]))
     return b""
@@ -122,14 +139,14 @@ def get_id(context: Context, data: bytes) -> bytes:
     held = context.read()
     if not held:
         raise OSError(errno.ENOENT, "no id is stored here")
-    return encode_string(stored(lambda value: Decoder(value).string(), held))
+    return encode_string(stored(_string, held))
 
 
 @method("rbd", "set_id", writes=True)
 def set_id(context: Context, data: bytes) -> bytes:
     size = context.stat().size
     item = Decoder(data).string()
-    _check_id(item)
+    check_id(item)
     if size:
         raise OSError(errno.EEXIST, "an id is stored here")
     context.write(0, encode_string(item))

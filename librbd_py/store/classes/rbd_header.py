@@ -174,7 +174,8 @@ def get_data_pool(context: Context, data: bytes) -> bytes:
 def get_stripe_unit_count(context: Context, data: bytes) -> bytes:
     check_exists(context)
     need_feature(context, bits.STRIPINGV2)
-    return Encoder().u64(read_u64(context, b"stripe_unit")).u64(read_u64(context, b"stripe_count")).done()
+    unit = read_u64(context, b"stripe_unit", 1 << read_value(context, b"order", Decoder.u8))
+    return Encoder().u64(unit).u64(read_u64(context, b"stripe_count", 1)).done()
 
 
 @method("rbd", "set_stripe_unit_count", writes=True)

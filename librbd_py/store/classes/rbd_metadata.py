@@ -130,8 +130,7 @@ def migration_get(context: Context, data: bytes) -> bytes:
 @method("rbd", "migration_remove", writes=True)
 def migration_remove(context: Context, data: bytes) -> bytes:
     features = read_u64(context, b"features")
-    if not features & bits.MIGRATING:
-        raise invalid("the image is not migrating")
-    write_u64(context, b"features", features & ~bits.MIGRATING)
+    if features & bits.MIGRATING:
+        write_u64(context, b"features", features & ~bits.MIGRATING)
     context.omap_remove([b"migration"])
     return b""

@@ -9,7 +9,7 @@ from librbd_py.format.encoding import Decoder
 from librbd_py.format.object_map import EXISTS, EXISTS_CLEAN
 
 from .context import Context, stored
-from .rbd_common import invalid
+from .rbd_common import check_exists, invalid
 from .registry import method
 
 
@@ -64,8 +64,9 @@ def object_map_update(context: Context, data: bytes) -> bytes:
     source = Decoder(data)
     start, end, new = source.u64(), source.u64(), source.u8()
     current = source.optional(Decoder.u8)
+    check_exists(context)
     if not context.read(0, 1):
-        raise OSError(errno.ENOENT, f"{context.oid} holds no object map")
+        raise invalid(f"{context.oid} is empty")
     states = _load(context)
     if start >= end or end > len(states):
         raise OSError(errno.ERANGE, f"objects {start}..{end} of {len(states)}")

@@ -26,6 +26,16 @@ from .rbd_common import (
 from .registry import method
 
 
+def has_layering(context: Context) -> bool:
+    try:
+        need_feature(context, bits.LAYERING)
+    except OSError as e:
+        if e.errno == errno.ENOEXEC:
+            return False
+        raise
+    return True
+
+
 @method("rbd", "parent_get", writes=False)
 def parent_get(context: Context, data: bytes) -> bytes:
     check_exists(context)
@@ -38,7 +48,10 @@ def parent_get(context: Context, data: bytes) -> bytes:
 def parent_overlap_get(context: Context, data: bytes) -> bytes:
     snap_id = Decoder(data).u64()
     check_exists(context)
-    if snap_id == NOSNAP:
+    overlap: int | None = None
+    if not has_layering(context):
+        pass
+    elif snap_id == NOSNAP:
         parent = read_parent(context)
         overlap = parent.head_overlap if parent.exists else None
     else:
@@ -60,12 +73,14 @@ def _attach(context: Context, spec: ParentImageSpec, overlap: int, reattach: boo
     write_value(context, b"parent", Parent(spec, overlap).encode())
 
 
-def _detach(context: Context) -> None:
+def _detach(context: Context, legacy: bool = False) -> None:
     check_exists(context)
     need_feature(context, bits.LAYERING)
     parent = read_parent(context)
     if not parent.exists or parent.head_overlap is None:
         raise OSError(errno.ENOENT, "the image has no parent")
+    if legacy and parent.spec.pool_namespace:
+        raise OSError(errno.EXDEV, "the parent is in a namespace")
     features = read_u64(context, b"features")
     children = [snap for snap in snaps(context) if snap.parent_overlap is not None]
     if features & bits.DEEP_FLATTEN:
@@ -99,11 +114,15 @@ def get_parent(context: Context, data: bytes) -> bytes:
     """Before Nautilus."""
     snap_id = Decoder(data).u64()
     check_exists(context)
-    parent = Parent()
-    if read_u64(context, b"features", 0) & bits.LAYERING:
-        parent = read_parent(context)
-        if snap_id != NOSNAP:
-            parent = replace(parent, head_overlap=read_snap(context, snap_id).parent_overlap)
+    parent = read_parent(context) if has_layering(context) else Parent()
+    if parent.exists and snap_id != NOSNAP:
+        try:
+            overlap = read_snap(context, snap_id).parent_overlap
+        except OSError as e:
+            if e.errno != errno.ENOENT:
+                raise
+            overlap = None
+        parent = replace(parent, head_overlap=overlap)
     if parent.exists and parent.spec.pool_namespace:
         raise OSError(errno.EXDEV, "the parent is in a namespace")
     if not parent.exists or parent.head_overlap is None:
@@ -124,7 +143,7 @@ def set_parent(context: Context, data: bytes) -> bytes:
 @method("rbd", "remove_parent", writes=True)
 def remove_parent(context: Context, data: bytes) -> bytes:
     """Before Nautilus."""
-    _detach(context)
+    _detach(context, legacy=True)
     return b""
 
 

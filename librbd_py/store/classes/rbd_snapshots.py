@@ -67,13 +67,13 @@ def snapshot_add(context: Context, data: bytes) -> bytes:
         raise OSError(errno.ESTALE, "a newer snapshot exists: take a new id and try again")
     size, flags = read_u64(context, b"size"), read_u64(context, b"flags", 0)
     limit = read_u64(context, b"snap_limit", U64_MAX)
-    count = 0
-    for other in snaps(context):
+    # An OSD looks at the limit while it goes through the snapshots: the first one always fits, and a clash with an
+    # older snapshot is found before the limit is.
+    for count, other in enumerate(snaps(context), 1):
+        if count >= limit:
+            raise OSError(errno.EDQUOT, f"the image may have {limit} snapshots")
         if other.id == snap_id or (other.name == name and other.namespace == namespace):
             raise OSError(errno.EEXIST, f"snapshot {name!r} (id {snap_id}) exists")
-        count += 1
-    if count >= limit:
-        raise OSError(errno.EDQUOT, f"the image may have {limit} snapshots")
     parent = read_parent(context)
     overlap = parent.head_overlap if parent.exists else None
     if isinstance(namespace, TrashNamespace):
@@ -86,7 +86,10 @@ def snapshot_add(context: Context, data: bytes) -> bytes:
 
 @method("rbd", "snapshot_get", writes=False)
 def snapshot_get(context: Context, data: bytes) -> bytes:
-    snap = read_snap(context, Decoder(data).u64())
+    snap_id = Decoder(data).u64()
+    if snap_id == NOSNAP:
+        raise invalid("HEAD is no snapshot")
+    snap = read_snap(context, snap_id)
     info = SnapshotInfo(snap.id, snap.namespace, snap.name, snap.image_size, snap.timestamp, snap.child_count)
     return info.encode()
 
@@ -134,11 +137,11 @@ def snapshot_remove(context: Context, data: bytes) -> bytes:
 def snapshot_rename(context: Context, data: bytes) -> bytes:
     source = Decoder(data)
     snap_id, name = source.u64(), source.string()
+    if any(isinstance(other.namespace, UserNamespace) and other.name == name for other in snaps(context)):
+        raise OSError(errno.EEXIST, f"snapshot {name!r} exists")
     snap = read_snap(context, snap_id)
     if not isinstance(snap.namespace, UserNamespace):
         raise invalid("only a user's snapshot can be renamed")
-    if any(isinstance(other.namespace, UserNamespace) and other.name == name for other in snaps(context)):
-        raise OSError(errno.EEXIST, f"snapshot {name!r} exists")
     write_snap(context, replace(snap, name=name))
     return b""
 

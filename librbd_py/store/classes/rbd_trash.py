@@ -10,6 +10,7 @@ from librbd_py.format.trash import KEY_PREFIX, TrashImageSpec
 
 from .context import Context, stored
 from .rbd_common import check_exists, encode_map, has_key, raw, rows, text, write_value
+from .rbd_directory import check_id
 from .registry import method
 
 
@@ -17,8 +18,10 @@ from .registry import method
 def trash_add(context: Context, data: bytes) -> bytes:
     context.create()
     source = Decoder(data)
-    key = KEY_PREFIX + source.blob()
+    image = source.string()
     spec = TrashImageSpec.decode_from(source)
+    check_id(image)
+    key = KEY_PREFIX + raw(image)
     if has_key(context, key):
         raise OSError(errno.EEXIST, "the image is in the trash already")
     write_value(context, key, spec.encode())

@@ -1,0 +1,80 @@
+"""The conformance suite runs over every store. A store joins by adding a factory to `FACTORIES`.
+
+With RBDPY_TEST_CEPH=/path/to/ceph.conf it runs over that cluster too, which is how the stores are held to Ceph's errnos.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from librbd_py.store.api import ObjectContext, Store
+from librbd_py.store.memory import MemoryCluster, MemoryStore
+
+_numbers = itertools.count(1)
+
+
+class Cluster:
+    """Several clients of one cluster. Everything opened here is closed at the end of the test."""
+
+    def __init__(self, kind: str, connect: Callable[[], Store]) -> None:
+        self.kind = kind
+        self._connect = connect
+        self._open: list[Store] = []
+        self._pools: list[str] = []
+        self.default = self.client()
+
+    def client(self) -> Store:
+        store = self._connect()
+        self._open.append(store)
+        return store
+
+    def pool(self) -> str:
+        """A new, empty pool."""
+        name = f"pool-{os.getpid()}-{next(_numbers)}"
+        self.default.pool_create(name)
+        self._pools.append(name)
+        return name
+
+    def context(self, namespace: str = "") -> ObjectContext:
+        return self.default.open(self.pool(), namespace)
+
+    def close(self) -> None:
+        if self.kind == "ceph":
+            for name in self._pools:
+                self.default.pool_remove(name)
+        for store in self._open:
+            store.close()
+
+
+def _memory(folder: Path) -> Callable[[], Store]:
+    cluster = MemoryCluster()
+    return lambda: MemoryStore(cluster)
+
+
+def _ceph(folder: Path) -> Callable[[], Store]:
+    from ceph_adapter import CephStore
+
+    return lambda: CephStore(os.environ["RBDPY_TEST_CEPH"])
+
+
+FACTORIES: dict[str, Callable[[Path], Callable[[], Store]]] = {"memory": _memory}
+if os.environ.get("RBDPY_TEST_CEPH"):
+    FACTORIES["ceph"] = _ceph
+
+
+@pytest.fixture(params=sorted(FACTORIES))
+def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(request.param, FACTORIES[request.param](tmp_path))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def io(cluster: Cluster) -> ObjectContext:
+    """An empty pool, seen by the first client."""
+    return cluster.context()
