@@ -326,9 +326,7 @@ class _Run:
 
     def _op_rm_xattr(self, op: api.RmXattr) -> None:
         self._must_exist()
-        held = self._base is not None and self._base.xattr(op.name) is not None
-        if held or any(isinstance(step, record.PutXattr) and step.name == op.name for step in self._steps):
-            self._steps.append(record.DropXattr(op.name))
+        self._steps.append(record.DropXattr(op.name))
 
     def _op_omap_set(self, op: api.OmapSet) -> None:
         self.omap_set(op.values)
@@ -338,12 +336,14 @@ class _Run:
 
     def _op_omap_rm_range(self, op: api.OmapRmRange) -> None:
         self._must_exist()
-        if op.begin < op.end:
-            self._steps.append(record.DropOmapRange(bytes(op.begin), bytes(op.end)))
+        empty = op.begin >= op.end
+        self._steps.append(record.Touch() if empty else record.DropOmapRange(bytes(op.begin), bytes(op.end)))
 
     def _op_omap_clear(self, op: api.OmapClear) -> None:
         self._must_exist()
-        self._steps.append(record.ClearOmap())
+        held = self._base is not None and next(iter(self._base.omap_rows(b"", b"")), None) is not None
+        if held or any(isinstance(step, record.PutOmap | record.Restore) for step in self._steps):
+            self._steps.append(record.ClearOmap())  # else it does not even count as a change
 
     def _op_alloc_hint(self, op: api.SetAllocHint) -> None:
         # The hint itself means nothing here. It creates the object, and counts as a change where snapshots need a copy.
@@ -425,8 +425,9 @@ class _Run:
         if self._exists:
             if exclusive:
                 raise fail(errno.EEXIST, f"object {self.oid!r} exists")
-            return
-        self._exists, self._size = True, 0
+        else:
+            self._exists, self._size = True, 0
+        # Also on an object that exists: it counts as a change, so the snapshots in the context get their copy.
         self._steps.append(record.Touch())
 
     def remove(self) -> None:
@@ -464,7 +465,10 @@ class _Run:
     def truncate(self, size: int) -> None:
         self._may_write()
         _check_range(size, 0)
-        if not self._exists or size == self._size:
+        if not self._exists:
+            return
+        if size == self._size:
+            self._steps.append(record.Touch())
             return
         if size < self._size:
             self._modified.append((size, self._size - size))

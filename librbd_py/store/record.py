@@ -99,7 +99,7 @@ class PutXattr:
 
 @dataclass(frozen=True)
 class DropXattr:
-    name: str
+    name: str  # may be missing
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class PutOmap:
 
 @dataclass(frozen=True)
 class DropOmap:
-    keys: tuple[bytes, ...]
+    keys: tuple[bytes, ...]  # may be missing, may repeat
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A real Ceph cluster behind the store contract, for comparing errno with errno: librados through ctypes.
 
-Only for tests, and only what the conformance suite needs. Not offered by librados's C interface: sparse-read, the outputs
-of class methods that write, list-watchers and list-snaps (the last two are asked of the `rados` command).
+Only for tests, and only what the conformance suite needs. Not offered by librados's C interface: sparse-read, the
+outputs of class methods that write, list-watchers and list-snaps (the last two are asked of the `rados` command).
 """
 
 from __future__ import annotations

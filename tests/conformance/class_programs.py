@@ -1,7 +1,7 @@
 """Random programs of class-method calls, the same on every run, and a way to compare what different stores answer.
 
-`steps(seed)` gives the program, `outcome()` runs one step and describes the answer and the object afterwards with everything
-that differs between clusters (times, client ids, addresses, random names) put aside.
+`steps()` gives the program, `outcome()` runs one step and describes the answer and the object afterwards with
+everything that differs between clusters (times, client ids, addresses, random names) put aside.
 """
 
 from __future__ import annotations

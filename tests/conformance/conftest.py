@@ -1,6 +1,7 @@
 """The conformance suite runs over every store. A store joins by adding a factory to `FACTORIES`.
 
-With RBDPY_TEST_CEPH=/path/to/ceph.conf it runs over that cluster too, which is how the stores are held to Ceph's errnos.
+With RBDPY_TEST_CEPH=/path/to/ceph.conf it runs over that cluster too, which is how the stores are held to Ceph's
+errnos.
 """
 
 from __future__ import annotations
