@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from librbd_py.store.api import ObjectContext, Store
+from librbd_py.store.embedded import EmbeddedStore
 from librbd_py.store.memory import MemoryCluster, MemoryStore
 
 _numbers = itertools.count(1)
@@ -57,13 +58,17 @@ def _memory(folder: Path) -> Callable[[], Store]:
     return lambda: MemoryStore(cluster)
 
 
+def _embedded(folder: Path) -> Callable[[], Store]:
+    return lambda: EmbeddedStore(folder / "store", create=True)
+
+
 def _ceph(folder: Path) -> Callable[[], Store]:
     from ceph_adapter import CephStore
 
     return lambda: CephStore(os.environ["RBDPY_TEST_CEPH"])
 
 
-FACTORIES: dict[str, Callable[[Path], Callable[[], Store]]] = {"memory": _memory}
+FACTORIES: dict[str, Callable[[Path], Callable[[], Store]]] = {"embedded": _embedded, "memory": _memory}
 if os.environ.get("RBDPY_TEST_CEPH"):
     FACTORIES["ceph"] = _ceph
 
