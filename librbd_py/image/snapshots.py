@@ -18,8 +18,10 @@ from .directory import Progress
 from .handle import ImageHandle, announce
 from .header import Header, header_oid
 from .objects import ignoring
+from .plain import read_view
 from .resize import resize
 
+COPY = 4 << 20  # bytes read and written at once
 UNLIMITED = (1 << 64) - 1
 ATTEMPTS = 16  # of a creation that lost the race for its id
 
@@ -225,7 +227,20 @@ def rollback(handle: ImageHandle, snap_id: int, progress: Progress | None = None
                 with ignoring(errno.ENOENT):
                     handle.data_ctx.write(handle.objects.oid(objno), [Rollback(snap_id)], header.snapc)
             _map_rolled_back(handle, snap_id)
+        _copy_lost_overlap(handle, snap_id)
     handle.announce()
+
+
+def _copy_lost_overlap(handle: ImageHandle, snap_id: int) -> None:
+    """A shrink cuts the overlap of HEAD for good; what the snapshot still shows of the parent behind it is copied."""
+    header = handle.header
+    view = handle.view_at(snap_id)
+    end = header.overlap_at(snap_id)
+    for offset in range(header.overlap_at(NOSNAP), end, COPY):
+        take = min(COPY, end - offset)
+        content = read_view(view, offset, take)
+        if content != handle.data.read(offset, take):
+            handle.data.write(offset, content)
 
 
 def _map_rolled_back(handle: ImageHandle, snap_id: int) -> None:
