@@ -77,7 +77,7 @@ class CephStore(api.Store):
         )  # fmt: skip
         check(code, words["prefix"])
         raw = ctypes.string_at(out, length.value) if length.value else b""
-        return json.loads(raw) if raw.strip() else None
+        return json.JSONDecoder().raw_decode(raw.decode().strip())[0] if raw.strip() else None
 
     def pools(self) -> list[api.PoolInfo]:
         rows = self.command(prefix="osd lspools")

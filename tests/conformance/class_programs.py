@@ -429,7 +429,7 @@ def _lock_text(raw: bytes, clients: Sequence[api.Client]) -> str:
 
 
 def _text(raw: bytes) -> str:
-    return raw.hex() if len(raw) <= 64 else f"{len(raw)} bytes {hashlib.sha256(raw).hexdigest()[:24]}"
+    return raw.hex() if len(raw) <= 24 else f"{len(raw)} bytes {hashlib.sha256(raw).hexdigest()[:12]}"
 
 
 def _answer(method: str, raw: bytes, clients: Sequence[api.Client]) -> str:

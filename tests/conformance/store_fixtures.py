@@ -20,7 +20,7 @@ from librbd_py.store.memory import MemoryCluster, MemoryStore
 _numbers = itertools.count(1)
 
 
-class Cluster:
+class StoreCluster:
     """Several clients of one cluster. Everything opened here is closed at the end of the test."""
 
     def __init__(self, kind: str, connect: Callable[[], Store]) -> None:
@@ -59,7 +59,7 @@ def _memory(folder: Path) -> Callable[[], Store]:
 
 
 def _embedded(folder: Path) -> Callable[[], Store]:
-    return lambda: EmbeddedStore(folder / "store", create=True)
+    return lambda: EmbeddedStore(str(folder / "store"), create=True)
 
 
 def _ceph(folder: Path) -> Callable[[], Store]:
@@ -68,19 +68,19 @@ def _ceph(folder: Path) -> Callable[[], Store]:
     return lambda: CephStore(os.environ["RBDPY_TEST_CEPH"])
 
 
-FACTORIES: dict[str, Callable[[Path], Callable[[], Store]]] = {"embedded": _embedded, "memory": _memory}
+FACTORIES: dict[str, Callable[[Path], Callable[[], Store]]] = {"memory": _memory, "embedded": _embedded}
 if os.environ.get("RBDPY_TEST_CEPH"):
     FACTORIES["ceph"] = _ceph
 
 
 @pytest.fixture(params=sorted(FACTORIES))
-def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
-    made = Cluster(request.param, FACTORIES[request.param](tmp_path))
+def store_cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreCluster]:
+    made = StoreCluster(request.param, FACTORIES[request.param](tmp_path))
     yield made
     made.close()
 
 
 @pytest.fixture
-def io(cluster: Cluster) -> ObjectContext:
+def io(store_cluster: StoreCluster) -> ObjectContext:
     """An empty pool, seen by the first client."""
-    return cluster.context()
+    return store_cluster.context()
