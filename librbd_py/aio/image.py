@@ -37,6 +37,7 @@ class AsyncImage(Face):
 
     async def open(self) -> AsyncImage:
         """When cancelled, an image that opens all the same is closed again."""
+        self._closing = None
         ioctx, args, kwargs = self._arguments
         begun = executor().submit(partial(face.Image, ioctx, *args, **kwargs))
         try:
@@ -70,7 +71,7 @@ class AsyncImage(Face):
         native = self._native()
         if native is None:
             return await self._run(self.sync.read, offset, length, fadvise_flags)
-        with rbd_errors(f"error reading {self.sync.label} {offset}~{length}"):
+        with self._outstanding.call(), rbd_errors(f"error reading {self.sync.label} {offset}~{length}"):
             length = await self._admit("access", offset, length)
             if not length:
                 return b""
@@ -84,7 +85,7 @@ class AsyncImage(Face):
             return await self._run(self.sync.write, data, offset, fadvise_flags)
         if not isinstance(data, bytes):
             raise TypeError("data must be a byte string")
-        with rbd_errors(f"error writing to {self.sync.label}"):
+        with self._outstanding.call(), rbd_errors(f"error writing to {self.sync.label}"):
             length = await self._admit("modify", offset, len(data))
             if length:
                 await self._request(native, datapath.WRITE, offset, length, data[:length])
@@ -97,7 +98,7 @@ class AsyncImage(Face):
         if native is None:
             await self._run(self.sync.discard, offset, length)
             return
-        with rbd_errors(f"error discarding region {offset}~{length}"):
+        with self._outstanding.call(), rbd_errors(f"error discarding region {offset}~{length}"):
             if length > io.MAX_DISCARD:
                 raise OSError(errno.EINVAL, f"{length} bytes are too many for one discard")
             length = await self._admit("modify", offset, length)
@@ -109,7 +110,7 @@ class AsyncImage(Face):
         if native is None or zero_flags:
             await self._run(self.sync.write_zeroes, offset, length, zero_flags)
             return
-        with rbd_errors(f"error zeroing region {offset}~{length}"):
+        with self._outstanding.call(), rbd_errors(f"error zeroing region {offset}~{length}"):
             length = await self._admit("modify", offset, length)
             if length:
                 await self._request(native, datapath.WRITE_ZEROES, offset, length, flags=datapath.UNMAP)
@@ -119,12 +120,12 @@ class AsyncImage(Face):
         if native is None or self.sync.handle.read_only:
             await self._run(self.sync.flush)
             return
-        with rbd_errors("error flushing image"):
+        with self._outstanding.call(), rbd_errors("error flushing image"):
             await self._request(native, datapath.FLUSH, 0, 0)
 
     def _native(self) -> NativeImage | None:
-        """InvalidArgument when closed."""
-        if self.sync is None:
+        """InvalidArgument when closed, or about to be."""
+        if self.sync is None or self._closing is not None:
             raise face.InvalidArgument("image is closed")
         self.sync.require_not_closed()
         data = self.sync.handle.data

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
@@ -56,11 +57,23 @@ class Outstanding:
         with self._lock:
             self._begun.discard(future)
 
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """A call of several steps: between two of them it is under way too."""
+        ended: Future[None] = Future()
+        self.add(ended)
+        try:
+            yield
+        finally:
+            ended.set_result(None)
+
     async def settle(self) -> None:
-        """Waits until everything that had begun has ended, however it did."""
-        with self._lock:
-            begun = list(self._begun)
-        if begun:
+        """Waits until everything that has begun has ended, however it did. The caller lets nothing new begin."""
+        while True:
+            with self._lock:
+                begun = list(self._begun)
+            if not begun:
+                return
             await asyncio.gather(*map(asyncio.wrap_future, begun), return_exceptions=True)
 
 
