@@ -7,6 +7,7 @@ this process queue on a mutex, writers of different processes on SQLite's own lo
 from __future__ import annotations
 
 import errno
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from librbd_py.errors import OutcomeUnknown
 KEEP = 8  # idle connections that stay open
 BUSY_MS = 5000  # SQLite's own waiting, per try
 TRIES = 6
+LOG_PAGES = 1000  # a log of so many pages is copied into the database and used from its start again
+LOG_ROOM = 4608 << 10  # bytes: so many pages with their headers, and a transaction that comes in between
 
 _ERRNO = {
     sqlite3.SQLITE_BUSY: errno.ETIMEDOUT,
@@ -67,6 +70,7 @@ class Database:
             connection.execute(f"PRAGMA synchronous={self._synchronous}")
             connection.execute("PRAGMA trusted_schema=OFF")
             connection.execute("PRAGMA temp_store=MEMORY")
+            connection.execute(f"PRAGMA wal_autocheckpoint={LOG_PAGES}")
             if self._prepare is not None:
                 self._prepare(connection)
         except BaseException:
@@ -91,6 +95,27 @@ class Database:
                 self._idle.append(connection)
                 return
         connection.close()
+
+    def reserve(self, size: int = LOG_ROOM) -> None:
+        """Gives the log the disk space that it will ever need, when there is that much: on a disk that guests have
+        filled, images can still be opened and removed. Zeroes behind the log's end mean nothing to SQLite. (Only the
+        log: closing a descriptor of the database itself would drop SQLite's locks.)"""
+        with self.read() as c:
+            if c.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+                return
+            c.execute("SELECT count(*) FROM sqlite_master").fetchone()  # makes the log
+            try:
+                fd = os.open(self.path + "-wal", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            except FileNotFoundError:
+                return
+            try:
+                if os.fstat(fd).st_size < size:
+                    os.posix_fallocate(fd, 0, size)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EOPNOTSUPP):
+                    raise
+            finally:
+                os.close(fd)
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:

@@ -12,6 +12,8 @@ from .database import Database, primary_code
 from .folder import Folder
 from .schema import WATCH_TABLES, statements
 
+LOG_PAGES = 64  # the database is small, and copying costs no sync
+LOG_ROOM = 512 << 10  # bytes: so many pages and what a transaction adds
 Place = tuple[int, str, str]  # pool id, namespace, object name
 
 
@@ -25,6 +27,7 @@ class Registry:
         self._db = Database(run.real_path("watch.db"), synchronous="OFF", prepare=_prepare)
         with self._db.write():
             pass
+        self._db.reserve(LOG_ROOM)
 
     def add(self, place: Place, cookie: int, timeout: int) -> None:
         with self._db.write() as c:
@@ -95,6 +98,7 @@ class Registry:
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
+    connection.execute(f"PRAGMA wal_autocheckpoint={LOG_PAGES}")
     for left in reversed(range(200)):
         try:
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":

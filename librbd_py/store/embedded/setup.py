@@ -95,6 +95,7 @@ def _database(root: Folder, create: bool) -> Database:
             raise OSError(errno.EUCLEAN, f"{db.path} is not a store's database; run `rbdpy store check`")
         if version != VERSION:
             raise OSError(errno.EPROTONOSUPPORT, f"{db.path}: version {version}; this program knows {VERSION}")
+        db.reserve()
     except BaseException:
         db.close()
         raise
