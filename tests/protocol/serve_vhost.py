@@ -1,6 +1,6 @@
 """serve_vhost.py SOCKET STORE SIZE [queues=N] [ro=1]: an export of the real engine in a process of its own.
 
-STORE: `null` (reads zeroes, drops writes), a folder (objects of the embedded store; kept), or `fault:SPEC:FOLDER`
+STORE: `null` (reads zeroes, drops writes), a folder (objects of the embedded store; kept), or `fault,SPEC,FOLDER`
 (native/store/store_fault.c). Commands are lines on stdin, answered by one line each, as by
 tests/native/vhost_server.c:
 
@@ -34,8 +34,8 @@ def open_store(name: str) -> Any:
     err = ffi.new("int *")
     if name == "null":
         store = lib.rbdn_null_open(ORDER, err)
-    elif name.startswith("fault:"):
-        _, spec, folder = name.split(":", 2)
+    elif name.startswith("fault,"):
+        _, spec, folder = name.split(",", 2)
         store = lib.rbdn_fault_open(open_store(folder), spec.encode(), err)
     else:
         folder_path = Path(name)
