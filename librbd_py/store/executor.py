@@ -326,7 +326,7 @@ class _Run:
 
     def _op_rm_xattr(self, op: api.RmXattr) -> None:
         self._must_exist()
-        self._steps.append(record.DropXattr(op.name))
+        self._steps.append(record.DropXattr(op.name) if _is_text(op.name) else record.Touch())
 
     def _op_omap_set(self, op: api.OmapSet) -> None:
         self.omap_set(op.values)
@@ -377,7 +377,7 @@ class _Run:
 
     def xattr(self, name: str) -> bytes:
         self._must_have_existed()
-        value = self._base.xattr(name) if self._base is not None else None
+        value = self._base.xattr(name) if self._base is not None and _is_text(name) else None
         if value is None:
             raise fail(errno.ENODATA, f"object {self.oid!r} has no xattr {name!r}")
         return value
@@ -492,7 +492,7 @@ class _Run:
 
     def set_xattr(self, name: str, value: bytes) -> None:
         self._may_write()
-        if not name or "\0" in name:
+        if not name or not _is_text(name):
             raise fail(errno.EINVAL, "an xattr name must not be empty or contain NUL")
         if len(name.encode("utf-8", "surrogateescape")) > record.MAX_XATTR_NAME:
             raise fail(errno.ENAMETOOLONG, f"xattr name longer than {record.MAX_XATTR_NAME} bytes")
@@ -514,6 +514,15 @@ class _Run:
 
     def register_layout(self, object_prefix: str, order: int, data_pool: int) -> None:
         self._layout = LayoutSpec(object_prefix, order, self.pool_id if data_pool < 0 else data_pool)
+
+
+def _is_text(name: str) -> bool:
+    """Has bytes (those that were not UTF-8 come as lone surrogates), and no NUL."""
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in name
 
 
 def _page(max_return: int) -> int:

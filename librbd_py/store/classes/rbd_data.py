@@ -10,6 +10,7 @@ from .context import Context
 from .rbd_common import check_exists, invalid
 from .registry import method
 
+SMALLEST_STEP = 512  # bytes
 ASSERT_GREATER, ASSERT_LESS_OR_EQUAL = 0, 1
 
 
@@ -45,6 +46,7 @@ def sparsify(context: Context, data: bytes) -> bytes:
     check_exists(context)
     if not step:
         raise invalid("a sparse size of 0 bytes")
+    step *= -(-SMALLEST_STEP // step)  # finer would only cost time
     content = context.read()
     blocks = range(0, len(content), step)
     full = [at for at in blocks if content[at : at + step].strip(b"\0")]
