@@ -14,6 +14,7 @@ from librbd_py.format import features as ft
 from librbd_py.format.object_map import EXISTS_CLEAN, NONEXISTENT
 from librbd_py.store.api import NOSNAP, SnapSet
 
+from .datapath import NativeImage
 from .handle import ImageHandle
 from .map_check import snapset_of, version_at
 from .plain import read_view
@@ -60,10 +61,49 @@ def diff_iterate(
         raise OSError(errno.EINVAL, "the snapshot is newer than what the image is open at")
     if start_id == end_id:
         return
-    for start, size, data in _rows(handle, offset, length, start_id, end_id, include_parent, whole_object):
+    rows: Iterator[tuple[int, int, bool]]
+    layout = header.layout
+    striped = layout.stripe_count > 1
+    if not start_id and include_parent and isinstance(handle.data, NativeImage) and not (striped and whole_object):
+        rows = _allocated(handle.data, offset, length)
+        if whole_object:
+            rows = _by_object(rows, layout.object_size, offset, offset + length)
+    else:
+        rows = _rows(handle, offset, length, start_id, end_id, include_parent, whole_object)
+    for start, size, data in rows:
         result = found(start, size, data)
         if isinstance(result, int) and result < 0:
             raise OSError(-result, "the callback asked to stop")
+
+
+def _allocated(native: NativeImage, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+    """Where there is data now, parents included, as the C engine knows it."""
+    at, end = offset, offset + length
+    start: int | None = None  # of the data before `at`
+    while at < end:
+        for size, flags in native.runs(at, end - at):
+            if flags and start is not None:
+                yield start, at - start, True
+                start = None
+            elif not flags and start is None:
+                start = at
+            at += size
+    if start is not None:
+        yield start, at - start, True
+
+
+def _by_object(
+    rows: Iterator[tuple[int, int, bool]], grain: int, offset: int, end: int
+) -> Iterator[tuple[int, int, bool]]:
+    """Ascending rows, each widened to whole objects of `grain` bytes within [offset, end); no object twice."""
+    done = offset
+    for at, size, data in rows:
+        low, high = max(at // grain * grain, done), min(-(-(at + size) // grain) * grain, end)
+        while low < high:
+            step = min((low // grain + 1) * grain, high)
+            yield low, step - low, data
+            low = step
+        done = max(done, high)
 
 
 def _rows(

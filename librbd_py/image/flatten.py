@@ -11,7 +11,8 @@ from librbd_py.store.api import NOSNAP
 from . import object_map
 from .directory import Progress
 from .handle import ImageHandle
-from .objects import exists, ignoring
+from .map_check import snapset_of, version_at
+from .objects import ignoring
 from .snapshots import detach_child
 
 
@@ -43,16 +44,18 @@ def maps_of_snapshots(handle: ImageHandle) -> None:
     difference is gone."""
     header = handle.header
     total = max(header.layout.objects(header.overlap_at(snap_id)) for snap_id in (NOSNAP, *header.snaps))
-    present = [exists(handle.data_ctx, handle.objects.oid(objno)) for objno in range(total)]
+    maps = {}
     for snap_id in header.snaps:
         with ignoring(errno.ENOENT):
-            states = object_map.load(handle.ctx, handle.id, snap_id)
-            for objno in range(min(total, len(states))):
-                if states[objno] == NONEXISTENT and present[objno]:
-                    with ignoring(errno.ENOENT):
-                        handle.data_ctx.stat(handle.objects.oid(objno), snap_id)
-                        states[objno] = EXISTS
-            object_map.save(handle.ctx, handle.id, snap_id, states)
+            maps[snap_id] = object_map.load(handle.ctx, handle.id, snap_id)
+    for objno in range(total):
+        unknown = [snap_id for snap_id in maps if objno < len(maps[snap_id]) and maps[snap_id][objno] == NONEXISTENT]
+        snapset = snapset_of(handle, objno) if unknown else None
+        for snap_id in unknown:
+            if snapset is not None and version_at(snapset, snap_id) is not None:
+                maps[snap_id][objno] = EXISTS
+    for snap_id, states in maps.items():
+        object_map.save(handle.ctx, handle.id, snap_id, states)
 
 
 def detach(handle: ImageHandle) -> None:

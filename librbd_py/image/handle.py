@@ -76,7 +76,7 @@ class ImageHandle:
         self.data_ctx = ctx if pool in (-1, ctx.pool_id) else ctx.store.open(pool, ctx.namespace)
         self.objects = DataObjects(self.data_ctx, header.object_prefix, header.order).open()
         try:
-            self.data: DataPath = make_data(self._view(), self.acquire_lock, self.request_lock)
+            self.data: DataPath = make_data(self._view(header), self.acquire_lock, self.request_lock)
         except BaseException:
             self._close_objects()
             raise
@@ -156,16 +156,20 @@ class ImageHandle:
             if self.closed:
                 return self._header
             seq = self.control.header_seq if self.control is not None else 0
-            self._header = load(self.ctx, self.id, read_only=self.read_only)
+            header = load(self.ctx, self.id, read_only=self.read_only)
+            self._publish(header)
             self._seen_seq = seq
-            self._publish()
-            return self._header
+            return header
 
-    def _publish(self) -> None:
-        self.data.publish(self._view())
+    def _publish(self, header: Header | None = None) -> None:
+        """Publishes the view that follows from the header, a new one if given. Under `_state`. The data path comes
+        first: who reads a new size off the header may use it."""
+        header = header or self._header
+        self.data.publish(self._view(header))
+        self._header = header
 
-    def _view(self) -> ViewSpec:
-        header, snap_id = self._header, self.snap_id
+    def _view(self, header: Header) -> ViewSpec:
+        snap_id = self.snap_id
         if snap_id != NOSNAP and snap_id not in header.snaps:
             # Removed under us: nothing is left to read.
             return ViewSpec(0, header.layout, self.objects, snap_id, read_only=True)
@@ -179,7 +183,7 @@ class ImageHandle:
             snap_id=snap_id,
             snapc=header.snapc,
             read_only=self.read_only or snap_id != NOSNAP,
-            need_lock=self.uses_lock and not self._owner,
+            need_lock=self._locks(header) and not self._owner,
             parent=self._parent_view(header) if overlap else None,
             overlap=min(overlap, limit),
         )
@@ -251,7 +255,10 @@ class ImageHandle:
 
     @property
     def uses_lock(self) -> bool:
-        return not self.read_only and self.snap_id == NOSNAP and self._header.has(ft.EXCLUSIVE_LOCK)
+        return self._locks(self._header)
+
+    def _locks(self, header: Header) -> bool:
+        return not self.read_only and self.snap_id == NOSNAP and header.has(ft.EXCLUSIVE_LOCK)
 
     @property
     def is_lock_owner(self) -> bool:
@@ -282,7 +289,7 @@ class ImageHandle:
         """Requests that wait for a lock nobody gives end with EROFS, as in librbd; later ones ask again."""
         with self._state:
             if not self.closed and not self._owner:
-                self.data.publish(replace(self._view(), read_only=True, need_lock=False))
+                self.data.publish(replace(self._view(self._header), read_only=True, need_lock=False))
                 self._publish()
 
     def lock_by_hand(self) -> None:
@@ -379,8 +386,7 @@ class ImageHandle:
                 if header.has(ft.OBJECT_MAP):
                     self._take_map(header)
                 self._owner = True
-                self._header = header
-                self._publish()
+                self._publish(header)
             except BaseException:
                 self._owner = False
                 if native is not None:

@@ -19,7 +19,7 @@ from .handle import ImageHandle, announce
 from .header import Header, header_oid
 from .objects import ignoring
 from .plain import read_view
-from .resize import resize
+from .resize import known_states, resize
 
 COPY = 4 << 20  # bytes read and written at once
 UNLIMITED = (1 << 64) - 1
@@ -221,9 +221,12 @@ def rollback(handle: ImageHandle, snap_id: int, progress: Progress | None = None
         header = handle.header
         total = header.layout.objects(snap.size)
         with handle.quiesced():
+            absent = _absent(handle, snap_id)
             for objno in range(total):
                 if progress is not None:
                     progress(objno, total)
+                if absent is not None and absent[objno]:
+                    continue
                 with ignoring(errno.ENOENT):
                     handle.data_ctx.write(handle.objects.oid(objno), [Rollback(snap_id)], header.snapc)
             _map_rolled_back(handle, snap_id)
@@ -241,6 +244,16 @@ def _copy_lost_overlap(handle: ImageHandle, snap_id: int) -> None:
         content = read_view(view, offset, take)
         if content != handle.data.read(offset, take):
             handle.data.write(offset, content)
+
+
+def _absent(handle: ImageHandle, snap_id: int) -> bytes | None:
+    """1 for objects that exist neither in HEAD nor in the snapshot, by their maps; None when these cannot tell (in a
+    clone an object may have come into a snapshot after its map was made)."""
+    header = handle.header
+    head, snap = known_states(handle), known_states(handle, snap_id)
+    if header.parent.exists or head is None or snap is None or len(head) != len(snap):
+        return None
+    return bytes(a == NONEXISTENT == b for a, b in zip(head, snap, strict=True))
 
 
 def _map_rolled_back(handle: ImageHandle, snap_id: int) -> None:

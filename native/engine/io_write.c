@@ -3,7 +3,8 @@
  *   write                guarded where a parent shows through: -ENOENT -> copy-up, then again
  *   whole object written the same, but its own data is the copy-up (durable before the object is seen to exist), unless
  *                        snapshots of the clone would see it
- *   whole object dropped REMOVE; where a parent shows through: an empty object (tombstone) instead
+ *   whole object dropped REMOVE; where a parent shows through: an empty object (tombstone) instead, and copy-up before
+ *                        when the clone has snapshots: they show the parent's data, and flatten counts on their having it
  *   end dropped          TRUNCATE;  inside: ZERO.  Absent: nothing, or copy-up first when the bytes must be zero
  *   zeroes, kept space   a write of zeros;  small and sparse: a write of zeros only if the object exists
  */
@@ -52,7 +53,9 @@ static enum step_outcome prepare_drop(struct piece *p, uint64_t end, uint64_t pr
         p->op.type = prefix ? STORE_TRUNCATE : STORE_REMOVE;
     else
         p->op.type = to >= end ? STORE_TRUNCATE : STORE_ZERO;
-    p->op.flags = whole && prefix ? STORE_CREATE : 0;
+    bool seen = p->op.snapc && p->op.snapc->count > 0;
+    p->op.flags = whole && prefix && !seen ? STORE_CREATE : 0;
+    p->exact = p->exact || (whole && prefix);
     return STEP_AGAIN;
 }
 

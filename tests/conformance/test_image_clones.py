@@ -232,6 +232,28 @@ def test_discards_hide_the_parent(parent: ObjectContext) -> None:
         assert map_check.differences(child.handle) == []
 
 
+@pytest.mark.parametrize("hide", ["discard", "write_zeroes", "write", "resize"])
+def test_snapshots_of_a_clone_survive_hiding_and_flatten(parent: ObjectContext, hide: str) -> None:
+    R.clone(parent, "p", "s1", parent, "c")
+    with rbd.Image(parent, "c") as child:
+        child.create_snap("s")
+        if hide == "discard":
+            child.discard(0, SIZE)
+        elif hide == "write_zeroes":
+            child.write_zeroes(0, SIZE)
+        elif hide == "write":
+            child.write(b"w" * (8 * MIB), 0)
+        else:
+            child.resize(0)
+        child.flatten()
+        child.set_snap("s")
+        assert child.overlap() == 0
+        assert child.read(0, 101) == b"A" * 100 + b"\0"
+        assert child.read(5 * MIB, 101) == b"B" * 100 + b"\0"
+        child.set_snap(None)
+        assert map_check.differences(child.handle) == []
+
+
 def test_a_chain_of_clones(parent: ObjectContext) -> None:
     name, snap = "p", "s1"
     for level in range(6):

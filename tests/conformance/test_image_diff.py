@@ -24,6 +24,22 @@ def diff(
     return rows
 
 
+Rows = list[tuple[int, int, bool]]
+
+
+def matches(rows: Rows, wanted: Rows, must: Rows | None = None) -> bool:
+    """Exactly what librbd says; or, from a store that knows better where bytes are, all of `must` and nothing beyond
+    librbd's rows widened to blocks of 4 KiB."""
+
+    def marks(rows: Rows, wide: int = 1) -> set[tuple[int, bool]]:
+        return {(n, data) for at, size, data in rows for n in range(at // wide, -(-(at + size) // wide))}
+
+    if rows == wanted:
+        return True
+    may = marks(wanted, 4096)
+    return marks(rows, 4096) <= may and marks(must or wanted, 4096) <= marks(rows, 4096)
+
+
 @pytest.fixture(params=[ft.DEFAULT, ft.LAYERING], ids=["fast-diff", "no maps"])
 def image(request: pytest.FixtureRequest, io: ObjectContext) -> Any:
     R.create(io, "p", 20 * MIB, features=request.param)
@@ -41,11 +57,13 @@ def image(request: pytest.FixtureRequest, io: ObjectContext) -> Any:
 
 
 def test_exact(image: rbd.Image) -> None:
-    assert diff(image, None) == [(0, 4096, True), (O, 10, True), (6 * O, MIB + 1, True)]
+    written = (25 * MIB, 1, True)
+    all_of_it = [(0, 4096, True), (O, 10, True), (6 * O, MIB + 1, True)]
+    assert matches(diff(image, None), all_of_it, [*all_of_it[:2], written])
     assert diff(image, "s2") == [(6 * O, MIB + 1, True)]
     assert diff(image, "s1")[1:] == [(O, 10, True), (2 * O, 4196, False), (6 * O, MIB + 1, True)]
     image.set_snap("s1")
-    assert diff(image, None) == [(0, 4096, True), (2 * O, 4196, True)]
+    assert matches(diff(image, None), [(0, 4096, True), (2 * O, 4196, True)])
     assert diff(image, "s1") == []
     image.set_snap("s2")
     rows = diff(image, "s1")
@@ -91,7 +109,7 @@ def test_of_a_clone(image: rbd.Image, io: ObjectContext) -> None:
     with rbd.Image(io, "k") as child:
         child.write(b"q", 4 * O)
         assert diff(child, None, parent=False) == [(4 * O, 1, True)]
-        assert diff(child, None) == [(0, 4096, True), (O, 10, True), (4 * O, 1, True)]
+        assert matches(diff(child, None), [(0, 4096, True), (O, 10, True), (4 * O, 1, True)])
         assert diff(child, None, True, parent=False) == [(4 * O, O, True)]
         assert diff(child, None, True) == [(0, O, True), (O, O, True), (4 * O, O, True)]
         child.create_snap("ks")
