@@ -17,7 +17,7 @@ from .cls import Snapshot, call, text, u8, u64
 from .directory import Progress
 from .handle import ImageHandle, announce
 from .header import Header, header_oid
-from .objects import ignoring
+from .objects import exists, ignoring
 from .plain import read_view
 from .resize import known_states, resize
 
@@ -267,23 +267,14 @@ def _map_rolled_back(handle: ImageHandle, snap_id: int) -> None:
         count = header.layout.objects(header.size)
         present = bytearray(NONEXISTENT if state == NONEXISTENT else EXISTS for state in states[:count])
         # A copy-up gives data to older snapshots too, behind the back of their maps.
-        for objno in range(min(len(present), header.layout.objects(header.overlap_at(NOSNAP)))):
-            if present[objno] == NONEXISTENT and _exists(handle, objno):
+        shown = max(header.overlap_at(NOSNAP), header.overlap_at(snap_id))
+        for objno in range(min(len(present), header.layout.objects(shown))):
+            if present[objno] == NONEXISTENT and exists(handle.data_ctx, handle.objects.oid(objno)):
                 present[objno] = EXISTS
         object_map.save(handle.ctx, handle.id, NOSNAP, bytes(present) + bytes(count - len(present)), locked=True)
     except OSError as failure:
         handle.map_failed(failure)
     handle.take_map()
-
-
-def _exists(handle: ImageHandle, objno: int) -> bool:
-    try:
-        handle.data_ctx.stat(handle.objects.oid(objno))
-    except OSError as failure:
-        if failure.errno != errno.ENOENT:
-            raise
-        return False
-    return True
 
 
 def set_limit(handle: ImageHandle, limit: int) -> None:
