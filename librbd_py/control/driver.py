@@ -201,6 +201,11 @@ class HeaderControl:
         """Who holds the lock, as the store says now."""
         return wire.get_lock(self.ctx, self.header_oid).owner
 
+    def owner_lives(self) -> bool:
+        """Whether the lock has an owner that watches the header."""
+        owner = self.owner()
+        return owner is not None and wire.is_watching(self.ctx, self.header_oid, owner)
+
     def notify_header_update(self) -> None:
         """Tells every watcher that the header changed; returns when those that live have acked."""
         self.ctx.notify(self.header_oid, wire.header_update(), NOTIFY_MS)

@@ -8,10 +8,11 @@ from librbd_py.store.api import NOSNAP, ObjectContext
 from . import cls, snapshots
 from .clones import attach, inherited
 from .diff import diff_iterate
-from .directory import DEFAULTS, CreateOptions, Progress, create, remove_image
+from .directory import DEFAULTS, CreateOptions, create, remove_image
 from .handle import ImageHandle
 from .io import before_write
 from .plain import read_view
+from .progress import Progress, report
 from .resize import resize
 
 CHUNK = 4 << 20  # bytes read and written at once
@@ -112,8 +113,7 @@ def _copy_over_parent(source: ImageHandle, dest: ImageHandle, progress: Progress
     view = source.view_at(source.snap_id)
     before_write(dest)
     for offset in range(0, view.size, CHUNK):
-        if progress is not None:
-            progress(offset, view.size)
+        report(progress, offset, view.size)
         take = min(CHUNK, view.size - offset)
         content = read_view(view, offset, take)
         if content != dest.data.read(offset, take):
@@ -152,8 +152,7 @@ def copy_range(
         end = offset + length
         while offset < end:
             take = min(CHUNK - offset % CHUNK, end - offset)
-            if progress is not None:
-                progress(offset, total)
+            report(progress, offset, total)
             content = read_view(view, offset, take) if data else b""
             if content.strip(b"\0"):
                 dest.data.write(offset, content)
@@ -162,5 +161,4 @@ def copy_range(
             offset += take
 
     diff_iterate(source, 0, total, from_snapshot, found)
-    if progress is not None:
-        progress(total, total)
+    report(progress, total, total)

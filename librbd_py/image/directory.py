@@ -20,8 +20,8 @@ from .handle import ImageHandle
 from .header import header_oid, id_oid
 from .layout import Layout
 from .objects import exists, ignoring, remove
+from .progress import Progress
 
-Progress = Callable[[int, int], object]  # offset, total; what it returns is ignored, as in librbd
 DEFAULT_ORDER = 22
 
 
@@ -149,9 +149,14 @@ def create(ctx: ObjectContext, name: str, size: int, options: CreateOptions = DE
     return image_id
 
 
-def list_images(ctx: ObjectContext) -> dict[str, str]:
-    """name -> id, sorted by name."""
-    return cls.list_images(ctx)
+def list_images(ctx: ObjectContext) -> list[tuple[str, str]]:
+    """(name, id): those of the directory by name, then those whose removal began and has not ended."""
+    return [*cls.list_images(ctx).items(), *((spec.name, image_id) for image_id, spec in removals(ctx).items())]
+
+
+def removals(ctx: ObjectContext) -> dict[str, ftr.TrashImageSpec]:
+    """id -> record of the images whose removal began and has not ended."""
+    return {image_id: spec for image_id, spec in cls.trash_list(ctx).items() if spec.source == ftr.SOURCE_REMOVING}
 
 
 def rename(ctx: ObjectContext, source: str, dest: str) -> None:
@@ -174,10 +179,15 @@ def rename(ctx: ObjectContext, source: str, dest: str) -> None:
 def remove_image(ctx: ObjectContext, name: str, progress: Progress | None = None) -> None:
     """Deletes an image: ENOENT; ENOTEMPTY it has snapshots; EBUSY somebody has it open.
 
-    It is first moved to the trash, so an interrupted removal can be finished with `trash_remove`.
+    It is first moved to the trash, so that another `remove_image` finishes a removal that was interrupted.
     """
-    from .trash import finish_removal, move_to_trash
+    from .trash import finish_removal, move_to_trash, remove_from_trash
 
+    if not exists(ctx, id_oid(name)):
+        for image_id, spec in removals(ctx).items():
+            if spec.name == name:
+                remove_from_trash(ctx, image_id, force=True, progress=progress)
+                return
     with ImageHandle.open(ctx, name) as handle:
         image_id = handle.id
         with handle.exclusive():

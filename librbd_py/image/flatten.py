@@ -9,28 +9,25 @@ from librbd_py.format.object_map import EXISTS, NONEXISTENT
 from librbd_py.store.api import NOSNAP
 
 from . import object_map
-from .directory import Progress
 from .handle import ImageHandle
 from .map_check import snapset_of, version_at
 from .objects import ignoring
+from .progress import Progress, report
 from .snapshots import detach_child
 
 
 def flatten(handle: ImageHandle, progress: Progress | None = None) -> None:
-    """Copies what is still the parent's and drops the link. EINVAL: no parent; EROFS.
+    """Copies what is still the parent's and drops the link. EINVAL: no parent; EROFS, also when set to a snapshot.
 
     With deep-flatten the snapshots are cut loose too; without it they keep the parent until the last of them goes.
     """
-    if handle.read_only:
-        raise OSError(errno.EROFS, "the image is open read-only")
-    if handle.snap_id != NOSNAP or not handle.header.head_has_parent:
+    if not handle.read_only and not handle.header.head_has_parent:
         raise OSError(errno.EINVAL, "the image has no parent")
     with handle.exclusive() as header:
         overlap = header.overlap_at(NOSNAP)
         total = header.layout.objects(overlap)
         for objno in range(total):
-            if progress is not None:
-                progress(objno, total)
+            report(progress, objno, total)
             handle.data.copyup(objno)
         handle.data.flush()
         if header.snaps and header.has(ft.OBJECT_MAP):

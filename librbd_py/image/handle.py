@@ -332,6 +332,12 @@ class ImageHandle:
         if self.read_only or self.snap_id != NOSNAP:
             raise OSError(errno.EROFS, "the image is open read-only")
 
+    def require_no_other_owner(self) -> None:
+        """EROFS: a living client owns the exclusive lock. For what librbd neither takes the lock from it for nor can
+        ask it to do."""
+        if self.control is not None and not self.is_lock_owner and self.control.owner_lives():
+            raise OSError(errno.EROFS, "another client owns the exclusive lock")
+
     def _hold(self) -> bool:
         if not self.header.has(ft.EXCLUSIVE_LOCK):
             return False

@@ -9,8 +9,8 @@ from librbd_py.format.object_map import EXISTS, EXISTS_CLEAN, NONEXISTENT
 from librbd_py.store.api import NOSNAP, SNAPDIR, ListSnaps, SnapSet
 
 from . import object_map
-from .directory import Progress
 from .handle import ImageHandle
+from .progress import Progress, report
 
 BOTH_INVALID = ft.FLAG_OBJECT_MAP_INVALID | ft.FLAG_FAST_DIFF_INVALID
 
@@ -47,8 +47,7 @@ def states_of(handle: ImageHandle, progress: Progress | None = None) -> dict[int
     maps = {snap_id: bytearray(header.layout.objects(header.size_at(snap_id))) for snap_id in order}
     total = max(len(states) for states in maps.values())
     for objno in range(total):
-        if progress is not None:
-            progress(objno, total)
+        report(progress, objno, total)
         snapset = snapset_of(handle, objno)
         if snapset is None:
             continue

@@ -11,10 +11,11 @@ from librbd_py.store.api import NOSNAP, Op, Remove, Truncate
 
 from . import object_map
 from .cls import u64
-from .directory import Progress, check_size
+from .directory import check_size
 from .handle import ImageHandle
 from .objects import ignoring
 from .plain import ObjectMapKeeper, PlainData
+from .progress import Progress, report
 
 SCAN_LIMIT = 4096  # more objects than this are not tried one by one without a hint of which exist
 
@@ -81,11 +82,11 @@ def trim(handle: ImageHandle, size: int, progress: Progress | None = None) -> No
     layout = header.layout
     total = layout.objects(header.size)
     keeper = map_keeper(handle)
-    for done, objno in enumerate(doomed(handle, size)):
+    report(progress, 0, total)
+    for objno in doomed(handle, size):
         kept = layout.used(objno, size)
         ops: list[Op] = [Truncate(kept)] if kept else [Remove()]
-        if progress is not None:
-            progress(done, total)
+        report(progress, objno, total)
         with ignoring(errno.ENOENT):
             if kept:
                 handle.data_ctx.stat(handle.objects.oid(objno))

@@ -14,11 +14,11 @@ from librbd_py.store.api import NOSNAP, ObjectContext, Rollback
 
 from . import cls, object_map
 from .cls import Snapshot, call, text, u8, u64
-from .directory import Progress
 from .handle import ImageHandle, announce
 from .header import Header, header_oid
 from .objects import exists, ignoring
 from .plain import read_view
+from .progress import Progress, report
 from .resize import known_states, resize
 
 COPY = 4 << 20  # bytes read and written at once
@@ -85,7 +85,9 @@ def _map_created(handle: ImageHandle, snap_id: int) -> None:
 def remove(handle: ImageHandle, snap_id: int) -> None:
     """ENOENT; EBUSY: protected. With format v2 clones it moves to the trash and goes with the last of them; removing
     it again is EBUSY then."""
-    with handle.exclusive() as header:
+    if handle.read_only:
+        raise OSError(errno.EROFS, "the image is open read-only")
+    with handle.at_head(), handle.exclusive() as header:
         snap = by_id(header, snap_id)
         if snap.protection != fh.PROTECTION_UNPROTECTED:
             raise OSError(errno.EBUSY, f"snapshot {snap.name!r} is protected")
@@ -213,7 +215,9 @@ def v1_children(handle: ImageHandle, snap_id: int) -> list[ChildImageSpec]:
 
 
 def rollback(handle: ImageHandle, snap_id: int, progress: Progress | None = None) -> None:
-    """HEAD becomes what the snapshot holds, its size included. ENOENT, EROFS."""
+    """HEAD becomes what the snapshot holds, its size included. ENOENT; EROFS, also when another client owns the lock:
+    librbd has no message that asks an owner to roll back."""
+    handle.require_no_other_owner()
     with handle.exclusive() as header:
         snap = by_id(header, snap_id)
         if snap.size != header.size:
@@ -223,8 +227,7 @@ def rollback(handle: ImageHandle, snap_id: int, progress: Progress | None = None
         with handle.quiesced():
             absent = _absent(handle, snap_id)
             for objno in range(total):
-                if progress is not None:
-                    progress(objno, total)
+                report(progress, objno, total)
                 if absent is not None and absent[objno]:
                     continue
                 with ignoring(errno.ENOENT):

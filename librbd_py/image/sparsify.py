@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 
 from .cls import call, u8, u64
-from .directory import Progress
 from .handle import ImageHandle
 from .objects import exists, ignoring
+from .progress import Progress, report
 from .resize import map_keeper
 
 
@@ -24,8 +24,7 @@ def sparsify(handle: ImageHandle, sparse_size: int, progress: Progress | None = 
         hidden = header.layout.objects(header.overlap_at(handle.snap_id))
         with handle.quiesced():
             for objno in range(total):
-                if progress is not None:
-                    progress(objno, total)
+                report(progress, objno, total)
                 # Below a parent an empty object is what hides the parent's.
                 removable = objno >= hidden
                 oid = handle.objects.oid(objno)

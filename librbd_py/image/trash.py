@@ -12,10 +12,11 @@ from librbd_py.store.api import NOSNAP, ObjectContext, WriteFull
 
 from . import cls
 from .cls import text
-from .directory import Progress, check_removable, require_free, require_name
+from .directory import check_removable, require_free, require_name
 from .handle import ImageHandle
 from .header import header_oid, id_oid, map_oid
 from .objects import exists, ignoring, remove
+from .progress import Progress
 from .resize import trim
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from librbd_py.errors import rbd_errors
 from librbd_py.image import locks
 from librbd_py.image.handle import ImageHandle
+from librbd_py.store.api import NOSNAP
 
 from .common import number, requires_not_closed, text
 from .iterators import LockOwnerIterator, WatcherIterator
@@ -24,7 +25,7 @@ class ImageLocks:
     def is_exclusive_lock_owner(self) -> bool:
         with rbd_errors(f"error getting lock status for image {self.label}"):
             self.handle.header  # noqa: B018  a fenced client gets its error here
-            return self.handle.is_lock_owner
+            return self.handle.is_lock_owner and self.handle.snap_id == NOSNAP
 
     @requires_not_closed
     def lock_acquire(self, lock_mode: int) -> None:

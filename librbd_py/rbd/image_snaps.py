@@ -11,7 +11,6 @@ from librbd_py.format import header as fh
 from librbd_py.image import cls, snapshots
 from librbd_py.image.flatten import flatten_children
 from librbd_py.image.handle import ImageHandle
-from librbd_py.store.api import NOSNAP
 
 from .common import OnProgress, moment, number, requires_not_closed, text
 from .constants import RBD_SNAP_REMOVE_FLATTEN, RBD_SNAP_REMOVE_UNPROTECT
@@ -52,7 +51,6 @@ class ImageSnaps:
         """With RBD_SNAP_REMOVE_UNPROTECT and _FLATTEN what stands in the way is done first."""
         snap, flags = text(name, "name"), number(flags)
         with rbd_errors(f"error removing snapshot {snap!r} from {self.label}"):
-            self._require_head()
             found = snapshots.find(self.handle.header, snap)
             if flags & RBD_SNAP_REMOVE_FLATTEN:
                 flatten_children(self.handle, found.id)
@@ -64,12 +62,7 @@ class ImageSnaps:
     def remove_snap_by_id(self, snap_id: int) -> None:
         snap_id = number(snap_id)
         with rbd_errors(f"error removing snapshot {snap_id} from {self.label}"):
-            self._require_head()
             snapshots.remove(self.handle, snap_id)
-
-    def _require_head(self) -> None:
-        if not self.handle.read_only and self.handle.snap_id != NOSNAP:
-            raise OSError(errno.EBUSY, "the image is set to a snapshot")
 
     @requires_not_closed
     def rollback_to_snap(self, name: str | bytes, on_progress: OnProgress = None) -> None:
@@ -188,13 +181,10 @@ class ImageSnaps:
             self.handle.set_snapshot(None if snap_id is None else number(snap_id))
 
     @requires_not_closed
-    def list_children(self) -> Any:
+    def list_children(self) -> list[tuple[str, str]]:
         """(pool, image) of the clones, without those in the trash."""
-        return (
-            (child["pool"], child["image"])
-            for child in ChildIterator(self)  # type: ignore[arg-type]
-            if not child["trash"]
-        )
+        children = ChildIterator(self)  # type: ignore[arg-type]
+        return [(child["pool"], child["image"]) for child in children if not child["trash"]]
 
     @requires_not_closed
     def list_children2(self) -> ChildIterator:

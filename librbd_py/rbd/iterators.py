@@ -29,13 +29,13 @@ class _Rows:
 
 
 class ImageIterator(_Rows):
-    """id and name of the images of a pool, by name."""
+    """id and name of the images of a pool, in the order of RBD.list."""
 
     def __init__(self, ioctx: Any) -> None:
         super().__init__()
         with rbd_errors("error listing images"):
             listed = directory.list_images(context(ioctx))
-        self._rows = [{"id": image_id, "name": name} for name, image_id in listed.items()]
+        self._rows = [{"id": image_id, "name": name} for name, image_id in listed]
 
 
 class SnapIterator(_Rows):
@@ -80,7 +80,8 @@ def mirror_row(namespace: fh.MirrorNamespace) -> dict[str, Any]:
 
 
 class ChildIterator(_Rows):
-    """pool, pool_namespace, image, id, trash of clones of the image, or of the snapshot it is set to."""
+    """pool, pool_namespace, image, id, trash of clones of the image, or of the snapshot it is set to; by pool,
+    namespace and name."""
 
     def __init__(self, image: Image, descendants: bool = False) -> None:
         super().__init__()
@@ -99,6 +100,7 @@ class ChildIterator(_Rows):
                         "trash": child.trash,
                     }
                 )
+        self._rows.sort(key=lambda row: (row["pool"], row["pool_namespace"], row["image"]))
 
 
 class MetadataIterator(_Rows):

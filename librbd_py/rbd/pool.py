@@ -76,9 +76,9 @@ class RBD:
             clone(context(p_ioctx), parent, snap, context(c_ioctx), child, chosen, clone_format=_clone_format(p_ioctx))
 
     def list(self, ioctx: Any) -> list[str]:
-        """Names, sorted."""
+        """Names, sorted; at the end those of images whose removal began and has not ended."""
         with rbd_errors("error listing images"):
-            return [*directory.list_images(context(ioctx))]
+            return [name for name, _ in directory.list_images(context(ioctx))]
 
     def list2(self, ioctx: Any) -> ImageIterator:
         return ImageIterator(ioctx)
