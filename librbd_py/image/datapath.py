@@ -88,9 +88,9 @@ class View:
 
     def release(self) -> None:
         """Gives back this reference; the engine keeps its own."""
-        if self.pointer:
-            lib.rbdn_view_put(self.pointer)
-            self.pointer = ffi.NULL
+        pointer, self.pointer = self.pointer, ffi.NULL  # first: an interrupt must not lead to a second put
+        if pointer:
+            lib.rbdn_view_put(pointer)
         if self._parent is not None:
             self._parent.release()
             self._parent = None
@@ -164,7 +164,11 @@ _IDS = itertools.count(1)
 
 class NativeImage:
     """One image in the engine. `lock_needed` runs on the event thread when a write waits for the exclusive lock; it
-    must not block. States: open -> closed; after close() every call raises EBADF."""
+    must not block. States: open -> closed; after close() every call raises EBADF.
+
+    Any thread may close while others are in the middle of a call: those fail with ESHUTDOWN or have completed. The
+    engine's memory goes with the last reference to its pointer, and a call in progress holds one.
+    """
 
     def __init__(self, spec: ViewSpec, lock_needed: Callable[[], None]) -> None:
         self.id = next(_IDS)
@@ -173,19 +177,21 @@ class NativeImage:
         error = ffi.new("int *")
         view = View(spec)
         try:
-            self._image = lib.rbdn_image_new(self.id, view.pointer, error)
+            image = lib.rbdn_image_new(self.id, view.pointer, error)
         finally:
             view.release()
-        if not self._image:
+        if not image:
             EVENTS.forget_image(self.id)
             check(error[0], "image in the data plane")
+        self._image = ffi.gc(image, lib.rbdn_image_free)
 
     @property
     def pointer(self) -> Any:
         """The `rbdn_image *` that exports serve. EBADF after close()."""
-        if not self._image:
+        image = self._image
+        if not image:
             raise OSError(errno.EBADF, "the image is closed")
-        return self._image
+        return image
 
     # --- view and gate
 
@@ -199,10 +205,11 @@ class NativeImage:
 
     def block(self, which: int, timeout: float) -> None:
         """Parks new requests (1 writes, 3 everything) and waits for those admitted; ETIMEDOUT leaves it open again."""
-        result = lib.rbdn_image_block(self.pointer, which, int(timeout * 1000))
+        image = self.pointer
+        result = lib.rbdn_image_block(image, which, int(timeout * 1000))
         if result < 0:
             if result == -errno.ETIMEDOUT:
-                lib.rbdn_image_unblock(self._image, which)
+                lib.rbdn_image_unblock(image, which)
             check(result, "requests in flight do not end")
 
     def settle(self, timeout: float) -> None:
@@ -222,12 +229,14 @@ class NativeImage:
     @property
     def in_use(self) -> bool:
         """An export serves it."""
-        return bool(self._image) and lib.rbdn_image_users(self._image) > 0
+        image = self._image
+        return bool(image) and lib.rbdn_image_users(image) > 0
 
     def close(self) -> None:
         """EBUSY while an export serves the image. Idempotent."""
-        if self._image:
-            check(lib.rbdn_image_close(self._image), "close the image")
+        image = self._image
+        if image:
+            check(lib.rbdn_image_shut(image), "close the image")
             self._image = ffi.NULL
             EVENTS.forget_image(self.id)
 
@@ -277,10 +286,11 @@ class NativeImage:
     def aio(self, kind: int, offset: int, length: int, buffer: Any, callback: Callback, flags: int = 0) -> None:
         """Starts a request; `callback(result, mismatch)` runs once, on the reaper thread. `buffer` (bytes, or a
         bytearray to read into) is kept until then. OSError: not started, no callback."""
+        image = self.pointer
         size = memoryview(buffer).nbytes if buffer is not None else 0
         pointer = ffi.from_buffer(buffer) if size else ffi.NULL
         token = REAPER.expect(callback, (buffer, pointer))
-        result = lib.rbdn_aio(self.pointer, kind, offset, length, pointer, size, flags, token)
+        result = lib.rbdn_aio(image, kind, offset, length, pointer, size, flags, token)
         if result < 0:
             REAPER.forget(token)
             check(result, "start a request")

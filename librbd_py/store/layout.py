@@ -135,6 +135,12 @@ class Layout:
             lines.append(f"and {count - len(lines)} more findings")
         return lines
 
+    def hold(self) -> Layout:
+        """One more user, on top of one that is sure to stay until this returns."""
+        with _lock:
+            self._users += 1
+        return self
+
     def release(self) -> None:
         """Drops one user. The last one closes it: everything is durable then."""
         with _lock:

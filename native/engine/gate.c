@@ -64,7 +64,7 @@ static uint64_t flags_for(struct image *i, const struct view *v)
         f |= GATE_BIT(GATE_CLOSED_ALL);
     if (i->blocked_all || i->blocked_writes)
         f |= GATE_BIT(GATE_CLOSED_WRITES);
-    if (v->need_lock)
+    if (v && v->need_lock)
         f |= GATE_BIT(GATE_NEED_LOCK);
     if (i->fence)
         f |= GATE_BIT(GATE_FENCED);
@@ -366,7 +366,7 @@ int gate_publish(struct image *i, struct view *v)
     ready_init(&q);
     pthread_mutex_lock(&i->lock);
     i->lock_asked = false;
-    int rc = epoch_begin(i, v);
+    int rc = i->shut ? -ESHUTDOWN : epoch_begin(i, v);
     if (!rc)
         unpark(i, &q);
     pthread_mutex_unlock(&i->lock);
@@ -416,15 +416,20 @@ int gate_init(struct image *i, struct view *v)
     return epoch_begin(i, v);
 }
 
+void gate_shut(struct image *i)
+{
+    rbdn_image_block(i, 3, -1);
+    gate_fence(i, -ESHUTDOWN);
+    timer_cancel(&i->throttle.timer);
+    pthread_mutex_lock(&i->lock);
+    if (!i->shut)
+        epoch_recycle(i, atomic_load_explicit(&i->now, memory_order_relaxed)); /* stays the current one, fenced */
+    i->shut = true;
+    pthread_mutex_unlock(&i->lock);
+}
+
 void gate_destroy(struct image *i)
 {
-    struct epoch *now = atomic_load_explicit(&i->now, memory_order_relaxed);
-    if (now) {
-        rbdn_image_block(i, 3, -1);
-        gate_fence(i, -ESHUTDOWN);
-        timer_cancel(&i->throttle.timer);
-        epoch_recycle(i, now);
-    }
     for (struct epoch *e = i->spare, *next; e; e = next) {
         next = e->next;
         free(e);

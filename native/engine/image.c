@@ -142,6 +142,7 @@ static void set_facts(struct image *i, const struct view *v)
 
 static void image_free(struct image *i)
 {
+    gate_destroy(i);
     stats_free(i);
     pthread_mutex_destroy(&i->copyup_lock);
     pthread_mutex_destroy(&i->users_lock);
@@ -165,7 +166,6 @@ rbdn_image *rbdn_image_new(uint64_t id, rbdn_view *v, int *err)
     set_facts(i, v);
     *err = gate_init(i, v);
     if (*err) {
-        gate_destroy(i);
         image_free(i);
         return NULL;
     }
@@ -199,16 +199,29 @@ int rbdn_image_users(rbdn_image *i)
     return count;
 }
 
+int rbdn_image_shut(rbdn_image *i)
+{
+    if (rbdn_image_users(i))
+        return -EBUSY;
+    gate_shut(i);
+    return 0;
+}
+
+void rbdn_image_free(rbdn_image *i)
+{
+    pthread_mutex_lock(&i->lock);
+    bool shut = i->shut;
+    pthread_mutex_unlock(&i->lock);
+    if (shut && !rbdn_image_users(i))
+        image_free(i);
+}
+
 int rbdn_image_close(rbdn_image *i)
 {
-    pthread_mutex_lock(&i->users_lock);
-    bool busy = i->users;
-    pthread_mutex_unlock(&i->users_lock);
-    if (busy)
-        return -EBUSY;
-    gate_destroy(i);
-    image_free(i);
-    return 0;
+    int rc = rbdn_image_shut(i);
+    if (!rc)
+        rbdn_image_free(i);
+    return rc;
 }
 
 void image_get(struct image *i, struct image_user *u)

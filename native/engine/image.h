@@ -124,6 +124,7 @@ struct image {
     uint64_t next_seq;
     unsigned blocked_writes, blocked_all; /* nested */
     int fence;               /* 0 or -errno */
+    bool shut;               /* the current epoch has no view any more; `fence` is set */
     bool lock_asked;         /* EVENT_LOCK_NEEDED posted for this view */
     struct req *parked, **parked_last;
     uint64_t parked_count;
@@ -145,7 +146,8 @@ struct image {
 };
 
 int gate_init(struct image *, struct view *);
-void gate_destroy(struct image *); /* fails who waits, drains */
+void gate_shut(struct image *); /* fails who waits, drains, gives the view back; idempotent */
+void gate_destroy(struct image *); /* after gate_shut */
 int gate_publish(struct image *, struct view *);
 void gate_in_flight(struct image *, uint64_t *in_flight, uint64_t *parked);
 struct epoch *gate_enter_slow(struct image *, struct req *); /* NULL: parked or failed */

@@ -47,8 +47,13 @@ int rbdn_image_unblock(rbdn_image *i, int which);
 int rbdn_image_fence(rbdn_image *i, int err);
 /* How many exports hold the image now. */
 int rbdn_image_users(rbdn_image *i);
-/* Fails who waits at the gate with -ESHUTDOWN, drains, then frees. -EBUSY while an export holds it. */
-int rbdn_image_close(rbdn_image *i);
+/* Fails who waits at the gate with -ESHUTDOWN and drains; afterwards no view, so no store, is used any more, and every
+ * call but statistics fails with -ESHUTDOWN: other threads may be about to make one. -EBUSY while an export holds the
+ * image. Idempotent. */
+int rbdn_image_shut(rbdn_image *i);
+/* The memory of an image that was shut, when nobody can call with it any more. Does nothing with any other. */
+void rbdn_image_free(rbdn_image *i);
+int rbdn_image_close(rbdn_image *i); /* both, for callers with one thread */
 
 /* I/O from Python. type: enum req_type; flags: enum req_flags. buf: READ into, else from. Blocks; GIL released. */
 int64_t rbdn_io(rbdn_image *i, int type, uint64_t off, uint64_t len, void *buf, size_t buf_len, unsigned flags, uint64_t *mismatch);

@@ -637,6 +637,65 @@ static void load(unsigned again, unsigned pending, int fence_at)
     end(p, parent);
 }
 
+struct late {
+    pthread_t thread;
+    rbdn_image *image;
+    _Atomic uint64_t calls;
+};
+
+static void *call_until_shut(void *arg)
+{
+    struct late *l = arg;
+    uint8_t buf[SECTOR] = {0};
+    rbdn_stats stats;
+    struct run run;
+    int64_t r;
+    do {
+        r = rbdn_io(l->image, l->calls % 2 ? REQ_READ : REQ_WRITE, 0, SECTOR, buf, SECTOR, 0, NULL);
+        int64_t rows = image_runs(l->image, 0, SIZE, &run, 1);
+        assert((r == 0 || r == -ESHUTDOWN) && (rows == 1 || rows == -ESHUTDOWN));
+        assert(rbdn_image_stats(l->image, &stats) == 0);
+        atomic_fetch_add(&l->calls, 1);
+    } while (r == 0);
+    return NULL;
+}
+
+static void shutting_waits_for_other_threads_calls_and_refuses_later_ones(void)
+{
+    struct memory_store *m = store_new();
+    m->again = 20;
+    m->pending = 30;
+    rbdn_image *i = image_of(m, (rbdn_view_config){0});
+    rbdn_view *v = view_of(m, (rbdn_view_config){0});
+    struct late late[WORKERS];
+    for (int n = 0; n < WORKERS; n++) {
+        late[n].image = i;
+        atomic_init(&late[n].calls, 0);
+        pthread_create(&late[n].thread, NULL, call_until_shut, &late[n]);
+    }
+    for (int n = 0; n < WORKERS; n++)
+        while (atomic_load(&late[n].calls) < 20)
+            sched_yield();
+    rbdn_image_free(i); /* not shut: nothing happens */
+    struct image_user user = {0};
+    image_get(i, &user);
+    assert(rbdn_image_shut(i) == -EBUSY);
+    image_put(i, &user);
+    assert(rbdn_image_shut(i) == 0 && in_flight(i) == 0);
+    m->store.ops->close(&m->store); /* nobody looks at it any more */
+    for (int n = 0; n < WORKERS; n++)
+        pthread_join(late[n].thread, NULL);
+    for (int type = 0; type < REQ_TYPES; type++)
+        assert(finish(ask(i, type, 0, 512, 0, 0)) == -ESHUTDOWN);
+    assert(rbdn_image_publish(i, v) == -ESHUTDOWN && rbdn_image_copyup(i, 0) == -ESHUTDOWN);
+    assert(rbdn_image_settle(i, 0) == 0 && rbdn_image_throttle(i, 5, 5) == 0 && rbdn_image_fence(i, -EIO) == 0);
+    assert(rbdn_image_block(i, 3, 0) == 0 && rbdn_image_unblock(i, 3) == 0);
+    assert(finish(ask(i, REQ_READ, 0, 512, 0, 0)) == -ESHUTDOWN);
+    assert(rbdn_image_shut(i) == 0);
+    rbdn_view_put(v);
+    rbdn_image_free(i);
+}
+
 /* Threads increment one number with compare-and-write: none is lost. */
 static void *increment(void *arg)
 {
@@ -684,6 +743,7 @@ int main(void)
     a_request_does_not_overtake_throttled_ones();
     statistics_count_what_happened();
     compare_and_writes_of_many_threads_lose_nothing();
+    shutting_waits_for_other_threads_calls_and_refuses_later_ones();
     load(0, 0, -1);
     load(30, 0, -1);
     load(20, 40, -1);

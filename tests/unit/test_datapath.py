@@ -188,10 +188,86 @@ def test_a_closed_image_refuses_everything(open_data: Opener) -> None:
     image = NativeImage(spec(open_data()), unexpected)
     image.close()
     image.close()
-    for call in (lambda: image.read(0, 1), lambda: image.block(1, 0), image.stats, image.flush):
+    nothing: Callable[[int, int], None] = lambda result, mismatch: None  # noqa: E731
+    for call in (
+        lambda: image.read(0, 1),
+        lambda: image.block(1, 0),
+        lambda: image.aio(datapath.FLUSH, 0, 0, None, nothing),
+        image.stats,
+        image.flush,
+    ):
         with pytest.raises(OSError) as failure:
             call()
         assert failure.value.errno == errno.EBADF
+    assert datapath.REAPER.drain(30)
+
+
+def test_a_call_that_another_thread_overtakes_with_close_fails(open_data: Opener) -> None:
+    """What happens between fetching the pointer and entering the engine cannot be ordered from outside; so it is done
+    by hand: the image's memory is still there."""
+    image = NativeImage(spec(open_data()), unexpected)
+    pointer = image.pointer
+    image.close()
+    buffer = bytearray(4096)
+    refused = lib.rbdn_io(pointer, datapath.READ, 0, 4096, ffi.from_buffer(buffer), 4096, 0, ffi.NULL)
+    assert refused == -errno.ESHUTDOWN
+    ended: list[int] = []
+    token = datapath.REAPER.expect(lambda result, mismatch: ended.append(result), None)
+    assert lib.rbdn_aio(pointer, datapath.FLUSH, 0, 0, ffi.NULL, 0, 0, token) == 0
+    assert datapath.REAPER.drain(30) and ended == [-errno.ESHUTDOWN]
+    assert lib.rbdn_image_block(pointer, 3, 0) == 0 == lib.rbdn_image_unblock(pointer, 3)
+    assert lib.rbdn_image_users(pointer) == 0
+
+
+def test_closing_while_other_threads_are_in_calls(open_data: Opener) -> None:
+    data = open_data()
+    for _ in range(20):
+        image = NativeImage(spec(data), unexpected)
+        busy = threading.Semaphore(0)
+        wrong: list[object] = []
+
+        def work(call: Callable[[], object], image: NativeImage = image, busy: Any = busy, wrong: Any = wrong) -> None:
+            try:
+                while True:
+                    call()
+                    busy.release()
+            except OSError as failure:
+                if failure.errno not in (errno.EBADF, errno.ESHUTDOWN):
+                    wrong.append(failure)
+
+        calls: list[Callable[[], object]] = [
+            lambda image=image: image.read(0, 100_000),
+            lambda image=image: image.write(5, bytes(70_000)),
+            lambda image=image: image.aio(datapath.READ, 0, 4096, bytearray(4096), lambda result, mismatch: None),
+            lambda image=image: (image.runs(0, SIZE), image.stats(), image.in_use),
+            lambda image=image: (image.block(3, 0.01), image.unblock(3)),
+            lambda image=image: image.publish(spec(data)),
+        ]
+        threads = [threading.Thread(target=work, args=(call,)) for call in calls]
+        for thread in threads:
+            thread.start()
+        for _ in range(30):
+            assert busy.acquire(timeout=30)
+        image.close()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert wrong == []
+    assert datapath.REAPER.drain(30)
+
+
+def test_an_interrupt_while_an_image_closes_leaves_it_to_be_closed_again(
+    open_data: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = NativeImage(spec(open_data()), unexpected)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def interrupted(result: int, what: str) -> int:
+            raise KeyboardInterrupt
+
+        patch.setattr(datapath, "check", interrupted)
+        image.close()
+    image.close()
 
 
 def test_asynchronous_requests_complete_once_on_the_reaper_thread(image: NativeImage) -> None:

@@ -376,6 +376,27 @@ def test_an_image_order_that_layouts_cannot_have_stays_with_ordinary_objects(
     assert folders(store) == [] and io.read(data_object(0), [Read()]) == [b"plain"]
 
 
+def test_a_layout_stays_open_while_it_is_flushed(
+    store: EmbeddedStore, io: EmbeddedContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread removes the image, or opens many others, while a change of metadata makes its data durable."""
+    create_image(io)
+    io.write(data_object(0), [WriteFull(b"x")])
+    flush = native.Layout.flush
+    open_then: list[bool] = []
+
+    def removed_meanwhile(layout: native.Layout) -> None:
+        store.layouts.forget(1)
+        open_then.append(layout.handle != ffi.NULL)
+        if open_then[-1]:
+            flush(layout)
+
+    monkeypatch.setattr(native.Layout, "flush", removed_meanwhile)
+    io.write("other", [WriteFull(b"metadata")])
+    assert open_then == [True]
+    assert native._open == {}
+
+
 def test_handles_are_closed_with_the_store(tmp_path: Path) -> None:
     with EmbeddedStore(tmp_path / "s", create=True) as store:
         io = store.open("rbd")

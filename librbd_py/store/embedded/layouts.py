@@ -158,12 +158,16 @@ class Layouts:
         """Data that generic operations changed becomes durable before a later change of metadata does. Raises when
         that fails; the metadata must not change then."""
         with self._lock:
-            kept = [(folder, self._kept[folder]) for folder in self._dirty if folder in self._kept]
+            kept = [(folder, self._kept[folder].hold()) for folder in self._dirty if folder in self._kept]
             self._dirty.intersection_update(folder for folder, _ in kept)  # others were closed: that made them durable
-        for folder, layout in kept:
-            layout.flush()
-            with self._lock:
-                self._dirty.discard(folder)
+        try:
+            for folder, layout in kept:
+                layout.flush()
+                with self._lock:
+                    self._dirty.discard(folder)
+        finally:
+            for _, layout in kept:
+                layout.release()
 
     def forget(self, folder: int) -> None:
         with self._lock:
