@@ -1,0 +1,1 @@
+"""libvirt's side of the host service: domain XML in, domain XML out. Nothing here calls libvirt."""
