@@ -145,7 +145,7 @@ def _object(
     include_parent: bool,
     whole: bool,
 ) -> Extents:
-    changed = None if maps is None else _map_says(maps, objno, bool(start_id), handle.header.parent.exists)
+    changed = None if maps is None else _map_says(maps, objno, bool(start_id), view.parent is not None)
     object_size = handle.header.layout.object_size
     if maps is not None and (changed is False or (changed and whole)):
         exists = _present(maps[-1], objno)
@@ -244,17 +244,12 @@ def _present(states: bytearray, objno: int) -> bool:
 
 
 def _map_says(maps: list[bytearray], objno: int, from_snapshot: bool, clone: bool) -> bool | None:
-    """Did the object change? None: the maps cannot tell. `maps` runs from the start to the end, both included.
-
-    In a clone, absent in a snapshot's map may also mean "not yet copied up when the map was made".
-    """
-    unknown = None if clone else False
+    """Did the object change? None: the maps cannot tell, because the parent may show data since the image was made.
+    `maps` runs from the start to the end, both included."""
     if not from_snapshot:
-        return True if _present(maps[-1], objno) else unknown
+        return True if _present(maps[-1], objno) else None if clone else False
     states = [states[objno] if objno < len(states) else NONEXISTENT for states in maps]
     before = states[0]
-    if all(state == NONEXISTENT for state in states):
-        return unknown
     for state in states[1:]:
         if (state == NONEXISTENT) != (before == NONEXISTENT) or state not in (NONEXISTENT, EXISTS_CLEAN):
             return True

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import errno
 
-from librbd_py.format import features as ft
-from librbd_py.format.object_map import EXISTS, NONEXISTENT
 from librbd_py.store.api import NOSNAP
 
-from . import object_map
 from .handle import ImageHandle
-from .map_check import snapset_of, version_at
 from .objects import ignoring
 from .progress import Progress, report
 from .snapshots import detach_child
@@ -30,29 +26,8 @@ def flatten(handle: ImageHandle, progress: Progress | None = None) -> None:
             report(progress, objno, total)
             handle.data.copyup(objno)
         handle.data.flush()
-        if header.snaps and header.has(ft.OBJECT_MAP):
-            maps_of_snapshots(handle)
         detach(handle)
     handle.announce()
-
-
-def maps_of_snapshots(handle: ImageHandle) -> None:
-    """What was copied up belongs to every snapshot: their object maps learn of it before the link that explains the
-    difference is gone."""
-    header = handle.header
-    total = max(header.layout.objects(header.overlap_at(snap_id)) for snap_id in (NOSNAP, *header.snaps))
-    maps = {}
-    for snap_id in header.snaps:
-        with ignoring(errno.ENOENT):
-            maps[snap_id] = object_map.load(handle.ctx, handle.id, snap_id)
-    for objno in range(total):
-        unknown = [snap_id for snap_id in maps if objno < len(maps[snap_id]) and maps[snap_id][objno] == NONEXISTENT]
-        snapset = snapset_of(handle, objno) if unknown else None
-        for snap_id in unknown:
-            if snapset is not None and version_at(snapset, snap_id) is not None:
-                maps[snap_id][objno] = EXISTS
-    for snap_id, states in maps.items():
-        object_map.save(handle.ctx, handle.id, snap_id, states)
 
 
 def detach(handle: ImageHandle) -> None:

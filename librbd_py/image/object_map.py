@@ -103,9 +103,9 @@ class HeadMap(ObjectMapKeeper):
         if objno < len(self._states) and self._states[objno] != EXISTS:
             self._update(objno, EXISTS, None)
 
-    def copied_up(self, objno: int, snap_ids: Sequence[int]) -> None:
-        """Changed in the oldest snapshot, unchanged since in the others."""
-        for snap_id in snap_ids:
+    def copied_up(self, objno: int, snap_ids: Sequence[int], *, only: bool) -> None:
+        """Changed in the oldest snapshot, unchanged since in the others; in HEAD too when it was just copied."""
+        for snap_id in reversed(snap_ids):
             state = EXISTS if snap_id == snap_ids[-1] else EXISTS_CLEAN
             update = call("object_map_update", u64(objno), u64(objno + 1), u8(state), u8(0))
             try:
@@ -114,6 +114,8 @@ class HeadMap(ObjectMapKeeper):
                 # The snapshot was smaller, or has no map.
                 if failure.errno not in (errno.ERANGE, errno.ENOENT):
                     self._failed(failure)
+        if objno < len(self._states):
+            self._update(objno, EXISTS_CLEAN if only and snap_ids else EXISTS, None)
 
     def pending(self, objno: int) -> None:
         if objno < len(self._states) and self._states[objno] != NONEXISTENT:

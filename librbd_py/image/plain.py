@@ -33,8 +33,9 @@ class ObjectMapKeeper:
     def exists(self, objno: int) -> None:
         """Called before an object may come into being or change."""
 
-    def copied_up(self, objno: int, snap_ids: Sequence[int]) -> None:
-        """Called before an object comes into being in these snapshots (newest first) too."""
+    def copied_up(self, objno: int, snap_ids: Sequence[int], *, only: bool) -> None:
+        """Called before an object comes into being in these snapshots (newest first) and in HEAD. `only`: no write
+        follows."""
 
     def pending(self, objno: int) -> None:
         """Called before an object is removed."""
@@ -162,7 +163,7 @@ class PlainData:
 
     def copyup(self, objno: int) -> bool:
         with self._admitted("write", 0, 0) as view, self._one_writer:
-            return self._copyup(view, objno)
+            return self._copyup(view, objno, only=True)
 
     # --- objects ---------------------------------------------------------------------------------------------------
 
@@ -202,7 +203,7 @@ class PlainData:
     def _exists(self, view: ViewSpec, objno: int) -> bool:
         return exists(view.data.ctx, view.data.oid(objno))
 
-    def _copyup(self, view: ViewSpec, objno: int) -> bool:
+    def _copyup(self, view: ViewSpec, objno: int, *, only: bool = False) -> bool:
         ranges = parent_ranges(view, objno)
         if not ranges or view.parent is None or self._exists(view, objno):
             return False
@@ -211,8 +212,7 @@ class PlainData:
         data = b"".join(pieces).rstrip(b"\0")
         if not data:
             return False
-        self.object_map.exists(objno)
-        self.object_map.copied_up(objno, view.snapc.ids)
+        self.object_map.copied_up(objno, view.snapc.ids, only=only)
         # An empty snap context: the copy belongs to every snapshot of the child too.
         view.data.ctx.write(view.data.oid(objno), [Exec("rbd", "copyup", data)], NO_SNAPS)
         return True

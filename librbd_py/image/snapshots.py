@@ -16,7 +16,7 @@ from . import cls, object_map
 from .cls import Snapshot, call, text, u8, u64
 from .handle import ImageHandle, announce
 from .header import Header, header_oid
-from .objects import exists, ignoring
+from .objects import ignoring
 from .plain import read_view
 from .progress import Progress, report
 from .resize import known_states, resize
@@ -250,11 +250,9 @@ def _copy_lost_overlap(handle: ImageHandle, snap_id: int) -> None:
 
 
 def _absent(handle: ImageHandle, snap_id: int) -> bytes | None:
-    """1 for objects that exist neither in HEAD nor in the snapshot, by their maps; None when these cannot tell (in a
-    clone an object may have come into a snapshot after its map was made)."""
-    header = handle.header
+    """1 for objects that exist neither in HEAD nor in the snapshot, by their maps; None when these cannot tell."""
     head, snap = known_states(handle), known_states(handle, snap_id)
-    if header.parent.exists or head is None or snap is None or len(head) != len(snap):
+    if head is None or snap is None or len(head) != len(snap):
         return None
     return bytes(a == NONEXISTENT == b for a, b in zip(head, snap, strict=True))
 
@@ -269,11 +267,6 @@ def _map_rolled_back(handle: ImageHandle, snap_id: int) -> None:
         states = object_map.load(handle.ctx, handle.id, snap_id)
         count = header.layout.objects(header.size)
         present = bytearray(NONEXISTENT if state == NONEXISTENT else EXISTS for state in states[:count])
-        # A copy-up gives data to older snapshots too, behind the back of their maps.
-        shown = max(header.overlap_at(NOSNAP), header.overlap_at(snap_id))
-        for objno in range(min(len(present), header.layout.objects(shown))):
-            if present[objno] == NONEXISTENT and exists(handle.data_ctx, handle.objects.oid(objno)):
-                present[objno] = EXISTS
         object_map.save(handle.ctx, handle.id, NOSNAP, bytes(present) + bytes(count - len(present)), locked=True)
     except OSError as failure:
         handle.map_failed(failure)

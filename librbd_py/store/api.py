@@ -325,7 +325,9 @@ class NativeData:
     """An image's data objects for the C data plane. `handle` is a `rbdn_store *` (owned by the store)."""
 
     handle: Any
-    keeps_object_map: bool  # the store records existence itself; the engine sends no object map updates
+    # The store records existence itself, in the HEAD object map and (what a copy-up gives to snapshots) in theirs; the
+    # engine sends no object map updates.
+    keeps_object_map: bool
     close: Callable[[], None] = field(repr=False, default=lambda: None)  # drops this user's reference
     # Called by the exclusive-lock owner after it got the class lock / before it gives it up. own() waits until no
     # byte of an earlier owner can reach the store any more; ETIMEDOUT. RADOS fences by blocklist: nothing to do.

@@ -120,6 +120,15 @@ class Layout:
         else:
             check(lib.rbdn_layout_map_set(self.handle, ffi.from_buffer(states), len(states)), "set the object map")
 
+    def complete_snap_map(self, snap_id: int, before: int, states: bytearray) -> bool:
+        """Adds what copy-ups gave to the snapshot after its object map was made; `before`: the one before it, or 0.
+        False: nothing."""
+        if not states:
+            return False
+        view = ffi.from_buffer(states)
+        found = lib.rbdn_layout_snap_map(self.handle, snap_id, before, view, len(states))
+        return check(found, "read the object map of a snapshot") > 0
+
     def own(self, seconds: float) -> None:
         check(lib.rbdn_layout_own(self.handle, int(min(seconds, 1e6) * 1000)), "take the data lock")
 

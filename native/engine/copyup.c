@@ -21,6 +21,7 @@ struct copyup {
     uint64_t objno, len;    /* bytes of the object that the parent covers */
     uint8_t *buffer;
     bool zero;              /* the parent has nothing but zeros */
+    bool only;              /* it was begun by a flatten, not by a write */
     bool blocking;          /* the thread that starts it may block */
 };
 
@@ -114,11 +115,11 @@ static void parent_read(struct piece *p, int err)
     p->view = c->view;
     p->step = PIECE_CHANGE;
     p->op.type = STORE_COPYUP;
-    p->op.flags = 0;
+    p->op.flags = c->only ? STORE_CLEAN : 0;
     p->op.objno = c->objno;
     p->op.off = 0;
     p->op.len = len;
-    p->op.snapc = NULL;
+    p->op.snapc = c->view->snapc;
     p->op.iov = p->iovs;
     p->op.iovcnt = 0;
     piece_add_iov(p, c->buffer, len); /* the first one always fits */
@@ -167,6 +168,7 @@ void copyup_join(struct piece *p)
         c->objno = p->op.objno;
         c->len = view_parent_prefix(v, c->objno);
         c->blocking = p->blocking;
+        c->only = !p->req;
         c->job.run = begin_job;
         c->job.owner = c;
         c->next = i->copyups;

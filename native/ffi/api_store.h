@@ -46,6 +46,10 @@ int rbdn_layout_trim(rbdn_store *s, const uint64_t *live, uint32_t nlive);
 int64_t rbdn_layout_map_get(rbdn_store *s, uint8_t *states, uint64_t max); /* number of objects in the map; -ENOENT none */
 /* Durable on return. */
 int rbdn_layout_map_set(rbdn_store *s, const uint8_t *states, int64_t count);
+/* Completes the object map of a snapshot: objects that `states` calls nonexistent (0) and the snapshot has, because they
+ * were copied up after it, become 1, or 3 when the same version serves the snapshot `before` (0: there is none) too.
+ * Returns how many. */
+int64_t rbdn_layout_snap_map(rbdn_store *s, uint64_t snap_id, uint64_t before, uint8_t *states, uint64_t count);
 /* The kernel lock of the exclusive-lock owner, on the open file description that writes HEAD data: it is free only when
  * no byte of an earlier owner can be written any more. -ETIMEDOUT while another process has it. Counted per handle. */
 int rbdn_layout_own(rbdn_store *s, int timeout_ms);

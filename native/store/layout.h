@@ -65,6 +65,8 @@ enum entry_state {
     ENTRY_REMOVED,/* absent, but the disk may still hold the entry it had: see object_settle() */
 };
 
+enum { MAP_NONEXISTENT = 0, MAP_EXISTS = 1, MAP_CLEAN = 3 }; /* Ceph's numbers of an object map's states */
+
 static inline uint32_t word_size(uint64_t w) { return (uint32_t)w; }
 static inline uint8_t word_state(uint64_t w) { return (uint8_t)(w >> 32); }
 static inline uint8_t word_map(uint64_t w) { return (uint8_t)(w >> 40); }

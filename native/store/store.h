@@ -34,7 +34,8 @@ enum store_op_type {
     STORE_TRUNCATE, /* 0; object ends at off; -ENOENT no object, with STORE_CREATE makes one (a clone's tombstone) */
     STORE_REMOVE,   /* 0; -ENOENT no object. Older snapshots keep their content */
     STORE_COPYUP,   /* 0; writes iov at 0 if there is no object, else does nothing. The copy, made with an empty
-                       snap context, belongs to every snapshot too. Durable before the object is seen to exist */
+                       snap context, belongs to every snapshot too: those of op->snapc, whose object maps change with
+                       HEAD's (oldest first: exists, clean in the others). Durable before the object is seen to exist */
     STORE_STAT,     /* object size in bytes; -ENOENT no object */
     STORE_EXTENTS,  /* fills op->extents with the data ranges of [off, off+len); result: how many */
     STORE_FLUSH,    /* 0 when every op completed before this call is durable. Concurrent flushes share the work */
@@ -44,6 +45,7 @@ enum store_op_flags {
     STORE_NOWAIT = 1, /* do it inline only if that cannot block, else return -EAGAIN having done nothing */
     STORE_GUARD = 2,  /* STORE_WRITE only if the object exists, else -ENOENT having done nothing */
     STORE_CREATE = 4,
+    STORE_CLEAN = 8,  /* STORE_COPYUP: no write follows, so HEAD's object map says "clean" if snapshots have the copy */
 };
 
 struct store_extent {
@@ -67,7 +69,8 @@ struct store_op {
 };
 
 enum store_caps {
-    STORE_KEEPS_OBJECT_MAP = 1, /* the store itself records existence in the image's HEAD object map */
+    STORE_KEEPS_OBJECT_MAP = 1, /* the store itself records existence in the image's HEAD object map, and what a copy-up
+                                   gives to snapshots in theirs */
 };
 
 struct store;

@@ -274,8 +274,10 @@ static int copyup(struct layout *l, const struct store_op *op, struct entry *e)
         clear_stray(l, op->objno, e);
         return r;
     }
-    entry_set_word(l, e, word_make((uint32_t)op->len, ENTRY_EXISTS,
-                                   index_map_byte(l, op->objno, true, word_map(word))));
+    uint8_t map = index_map_byte(l, op->objno, true, word_map(word));
+    if (map == MAP_EXISTS && op->flags & STORE_CLEAN && op->snapc && op->snapc->count)
+        map = MAP_CLEAN;
+    entry_set_word(l, e, word_make((uint32_t)op->len, ENTRY_EXISTS, map));
     return 0;
 }
 

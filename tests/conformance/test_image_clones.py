@@ -9,10 +9,13 @@ from image_fixtures import MIB, Cluster, R, cluster, io, refused
 
 from librbd_py import rbd
 from librbd_py.format import features as ft
-from librbd_py.image import clones, map_check
+from librbd_py.format import object_map as fm
+from librbd_py.format.object_map import EXISTS, EXISTS_CLEAN, NONEXISTENT, PENDING
+from librbd_py.image import clones, map_check, object_map
+from librbd_py.image.cls import call, u8, u64
 from librbd_py.image.handle import ImageHandle
-from librbd_py.image.header import header_oid
-from librbd_py.store.api import NOSNAP, ObjectContext
+from librbd_py.image.header import header_oid, map_oid
+from librbd_py.store.api import NOSNAP, ObjectContext, Read
 
 __all__ = ["cluster", "io"]
 
@@ -252,6 +255,78 @@ def test_snapshots_of_a_clone_survive_hiding_and_flatten(parent: ObjectContext, 
         assert child.read(5 * MIB, 101) == b"B" * 100 + b"\0"
         child.set_snap(None)
         assert map_check.differences(child.handle) == []
+
+
+def states(image: rbd.Image) -> list[list[int]]:
+    """The object maps of the snapshots, oldest first, and of HEAD."""
+    handle = image.handle
+    maps = [object_map.load(handle.ctx, handle.id, snap_id) for snap_id in (*handle.header.snaps, NOSNAP)]
+    assert map_check.differences(handle) == []
+    return [list(found) for found in maps]
+
+
+def changed(image: rbd.Image, start: str | None, end: str | None) -> list[int]:
+    """Objects that a fast diff names."""
+    rows: list[int] = []
+    if end is not None:
+        image.set_snap(end)
+    image.diff_iterate(0, image.size(), start, lambda at, size, data: rows.append(at // (4 * MIB)), False, True)
+    image.set_snap(None)
+    return rows
+
+
+def test_object_maps_of_snapshots_learn_of_copy_ups(parent: ObjectContext) -> None:
+    """States as librbd 16.2.15 writes them: the data came with the oldest snapshot, and has not changed since."""
+    R.clone(parent, "p", "s1", parent, "c")
+    with rbd.Image(parent, "c") as child:
+        for snap in ("a", "b", "c"):
+            child.create_snap(snap)
+        none = [NONEXISTENT, NONEXISTENT, NONEXISTENT]
+        assert states(child) == [none] * 4
+        assert changed(child, "a", None) == []
+        child.write(b"x", 5 * MIB)
+        written = [NONEXISTENT, EXISTS, NONEXISTENT]
+        same = [NONEXISTENT, EXISTS_CLEAN, NONEXISTENT]
+        assert states(child) == [written, same, same, written]
+        assert [changed(child, *points) for points in (("a", "c"), ("c", None), (None, "a"))] == [[], [1], [1]]
+        child.create_snap("d")
+        child.remove_snap("a")
+        assert states(child) == [written, same, written, same]  # what a knew of changes went to b
+        child.flatten()
+        full, clean = [EXISTS, EXISTS, NONEXISTENT], [EXISTS_CLEAN, EXISTS_CLEAN, NONEXISTENT]
+        assert states(child) == [full, clean, [EXISTS_CLEAN, EXISTS, NONEXISTENT], clean]
+        assert [changed(child, *points) for points in (("b", "d"), ("d", None), (None, "d"))] == [[1], [], [0, 1]]
+        child.rollback_to_snap("b")
+        assert states(child)[:3] == [full, clean, [EXISTS_CLEAN, EXISTS, NONEXISTENT]]
+        assert changed(child, "d", None) == [0, 1]
+        assert child.read(5 * MIB, 2) == b"BB"
+        child.remove_snap("b")
+        child.remove_snap("c")
+        assert states(child)[0] == full
+
+
+@pytest.mark.parametrize("hide", ["discard", "shrink"])
+def test_a_snapshot_keeps_in_its_map_what_a_copy_up_gave_it_before_the_object_went(
+    parent: ObjectContext, hide: str
+) -> None:
+    R.clone(parent, "p", "s1", parent, "c")
+    with rbd.Image(parent, "c") as child:
+        child.create_snap("a")
+        child.write(b"x", 5 * MIB)
+        child.create_snap("b")
+        if hide == "discard":
+            child.discard(4 * MIB, 4 * MIB)
+        else:
+            child.resize(4 * MIB)
+        assert states(child)[:2] == [[NONEXISTENT, EXISTS, NONEXISTENT]] * 2
+        assert changed(child, "a", "b") == [1]
+        handle = child.handle
+        oid = map_oid(handle.id, min(handle.header.snaps))
+        for state in (PENDING, NONEXISTENT):  # a change of one entry leaves the others, and the CRCs, as they are seen
+            handle.ctx.write(oid, [call("object_map_update", u64(2) + u64(3) + u8(state) + u8(0))])
+            assert list(fm.decode(handle.ctx.read(oid, [Read()])[0])) == [NONEXISTENT, EXISTS, state]
+        assert handle.ctx.stat(oid).size == fm.encoded_length(3)
+        assert states(child)[0] == [NONEXISTENT, EXISTS, NONEXISTENT]
 
 
 def test_a_chain_of_clones(parent: ObjectContext) -> None:

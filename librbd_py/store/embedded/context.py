@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import api
@@ -16,7 +17,7 @@ from ..executor import check_name, execute_read, execute_write, has_writes
 from ..record import LayoutSpec
 from . import layouts as layout_index
 from . import snaps
-from .dataobjects import DataTransaction, MapTransaction
+from .dataobjects import DataTransaction, MapTransaction, SnapMapTransaction, complete_map
 from .layouts import LayoutRow
 from .notify import Dispatcher, Watcher
 from .objects import StoredTransaction
@@ -88,6 +89,13 @@ class EmbeddedContext(api.ObjectContext):
                 image_map = MapTransaction(c, place, store.client, time.time_ns(), watchers, header_changed)
                 image_map.layout = layout
                 yield image_map
+            return
+        snap_map = layout_index.find_snap_map(c, *place)
+        if snap_map is not None:
+            with store.layouts.use(snap_map[0]) as layout:
+                of_snapshot = SnapMapTransaction(c, place, store.client, time.time_ns(), watchers, header_changed)
+                of_snapshot.complete = partial(complete_map, c, *snap_map, layout)
+                yield of_snapshot
             return
         yield StoredTransaction(c, place, store.client, time.time_ns(), watchers, header_changed)
 

@@ -13,6 +13,9 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 
+from librbd_py.format import object_map
+from librbd_py.format.encoding import DecodeError
+
 from .. import record
 from ..api import NOSNAP, Client, CloneInfo, SnapContext, SnapSet, WatcherInfo
 from ..layout import Layout
@@ -289,7 +292,7 @@ class MapTransaction(StoredTransaction):
             return None
         if row.kind != MAP_IN_LAYOUT:
             return super().head()
-        return MapState(self.c, row, self.layout)
+        return MapState(self.c, row, lambda: map_data(self.layout))
 
     def apply(self, changes: Changes) -> None:
         row = self.row
@@ -323,18 +326,52 @@ class MapTransaction(StoredTransaction):
         )
 
 
-class MapState(StoredKeys):
-    """Head of a map that the layout keeps."""
+class SnapMapTransaction(StoredTransaction):
+    """The object map of a snapshot. It is an ordinary object; but what was copied up after it was stored belongs to the
+    snapshot too, and readers see it. A change is made to what they see."""
 
-    def __init__(self, c: sqlite3.Connection, row: Row, layout: Layout) -> None:
+    complete: Callable[[bytes], bytes]
+
+    def head(self) -> ObjectState | None:
+        row = self.row
+        if row is None or not row.present:
+            return None
+        return MapState(self.c, row, lambda: self._data(row))
+
+    def _data(self, row: Row) -> bytes:
+        return self.complete(content.read_data(self.c, row.id, 0, row.size) if row.size else b"")
+
+    def apply(self, changes: Changes) -> None:
+        row = self.row
+        if row is not None and row.present and not all(is_keys_step(step) for step in changes.steps):
+            content.write_data(self.c, row.id, 0, self._data(row))
+        super().apply(changes)
+
+
+def complete_map(c: sqlite3.Connection, row: LayoutRow, snap_id: int, layout: Layout, data: bytes) -> bytes:
+    """The object map of a snapshot with what copy-ups gave it. What is no map stays as it is."""
+    try:
+        states = object_map.decode(data)
+    except DecodeError:
+        return data
+    if object_map.encode(states) != data:
+        return data
+    before = max((snap for snap in header_snaps(c, row).listed if snap < snap_id), default=0)
+    return object_map.encode(states) if layout.complete_snap_map(snap_id, before, states) else data
+
+
+class MapState(StoredKeys):
+    """Head of a map whose bytes are made when they are read."""
+
+    def __init__(self, c: sqlite3.Connection, row: Row, make: Callable[[], bytes]) -> None:
         super().__init__(c, row.id)
         self.mtime_ns = row.mtime
-        self._layout = layout
+        self._make = make
         self._bytes: bytes | None = None
 
     def _data(self) -> bytes:
         if self._bytes is None:
-            self._bytes = map_data(self._layout)
+            self._bytes = self._make()
         return self._bytes
 
     @property

@@ -72,6 +72,14 @@ def find_map(c: sqlite3.Connection, pool: int, namespace: str, oid: str) -> Layo
     return of_header(c, pool, namespace, _HEADER + oid[len(_MAP) :])
 
 
+def find_snap_map(c: sqlite3.Connection, pool: int, namespace: str, oid: str) -> tuple[LayoutRow, int] | None:
+    """The layout of the image of which this is a snapshot's object map, and the snapshot."""
+    if not oid.startswith(_MAP) or len(oid) < 18 or oid[-17] != "." or not _OBJNO.fullmatch(oid[-16:]):
+        return None
+    row = find_map(c, pool, namespace, oid[:-17])
+    return None if row is None else (row, int(oid[-16:], 16))
+
+
 def of_header(c: sqlite3.Connection, pool: int, namespace: str, header: str) -> LayoutRow | None:
     found = c.execute(
         f"SELECT {_COLUMNS} FROM layouts WHERE header_pool=? AND ns=? AND header=?", (pool, namespace, header)
