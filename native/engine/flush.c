@@ -33,7 +33,10 @@ static bool batch_done(struct flush *f, int64_t result)
     int err = result >= 0 ? 0 : result < -4095 || result == -EAGAIN ? -EIO : (int)result;
     if (err) {
         event_post(EVENT_IO_ERROR, i->id, err);
-        gate_fence(i, err == -ESHUTDOWN ? err : -EIO);
+        if (err == -ESHUTDOWN)
+            gate_fence_stores(i, err);
+        else
+            gate_fence(i, -EIO);
     }
     pthread_mutex_lock(&i->lock);
     struct req *done = i->flush_running, *failed = NULL;

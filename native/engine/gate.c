@@ -291,6 +291,29 @@ void gate_fence(struct image *i, int err)
     ready_run(&q);
 }
 
+/* The view of the newest epoch before `seq`, with a reference; NULL: there is none. */
+static struct view *view_before(struct image *i, uint64_t *seq)
+{
+    struct view *v = NULL;
+    pthread_mutex_lock(&i->lock);
+    for (struct epoch *e = i->epochs; e && !v; e = e->next)
+        if (e->seq < *seq) {
+            *seq = e->seq;
+            v = view_get(e->view);
+        }
+    pthread_mutex_unlock(&i->lock);
+    return v;
+}
+
+void gate_fence_stores(struct image *i, int err)
+{
+    gate_fence(i, err);
+    uint64_t seq = UINT64_MAX;
+    for (struct view *v; (v = view_before(i, &seq)); rbdn_view_put(v))
+        for (const struct view *at = v; at; at = at->parent)
+            store_fence(at->store, err);
+}
+
 /* --- what Python calls --------------------------------------------------------------------------------------------- */
 
 /* Locked. Waits until no request counted by `mask` is in an epoch before `seq`; timeout_ms < 0: for ever. */
@@ -347,7 +370,10 @@ int rbdn_image_fence(rbdn_image *i, int err)
 {
     if (err >= 0 || err < -4095)
         return -EINVAL;
-    gate_fence(i, err);
+    if (err == -ESHUTDOWN)
+        gate_fence_stores(i, err);
+    else
+        gate_fence(i, err);
     return 0;
 }
 

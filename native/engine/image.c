@@ -128,7 +128,7 @@ void image_store_error(struct image *i, int err)
 {
     event_post(EVENT_IO_ERROR, i->id, err);
     if (err == -ESHUTDOWN)
-        gate_fence(i, err);
+        gate_fence_stores(i, err);
 }
 
 /* --- images -------------------------------------------------------------------------------------------------------- */

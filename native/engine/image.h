@@ -153,6 +153,8 @@ void gate_in_flight(struct image *, uint64_t *in_flight, uint64_t *parked);
 struct epoch *gate_enter_slow(struct image *, struct req *); /* NULL: parked or failed */
 void gate_leave_slow(struct image *, struct epoch *, uint64_t unit);
 void gate_fence(struct image *, int err); /* the first error stays */
+/* Also what the stores of its views have in flight fails: nobody of ours is let in again. */
+void gate_fence_stores(struct image *, int err);
 void gate_exclusive_end(struct image *, struct caw *);
 
 /* Counts the request in, in the current epoch; NULL: it is parked or has failed, and may be gone. */

@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 NATIVE = Path(__file__).resolve().parent.parent
-HEADERS = ("api_store.h", "api_engine.h", "api_export.h")  # each may use the types of those before it
+HEADERS = ("api_store.h", "api_rados_data.h", "api_engine.h", "api_export.h")  # each may use the types of those before it
 PARTS = ("striping", "store", "engine", "transport", "ffi")
 
 

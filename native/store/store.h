@@ -1,6 +1,6 @@
 /* The object store as the data path sees it: one `struct store` serves the data objects of ONE image.
  *
- * One interface, one file per implementation (store_embedded.c, store_null.c, store_fault.c, later store_rados.c).
+ * One interface, one file per implementation (store_embedded.c, store_null.c, store_fault.c, store_rados.c).
  * Objects are named by number (the <objno> of rbd_data.<id>.<%016x objno>), never by string.
  *
  * Threads: submit() may be called from any thread at any time until close().
@@ -79,12 +79,20 @@ struct store_ops {
     uint32_t caps;
     int64_t (*submit)(struct store *, struct store_op *);
     void (*close)(struct store *); /* all ops have completed; flushes nothing by itself */
+    /* NULL, or: everything in flight and all that comes fails with err, soon, whatever state the store is in. Final. */
+    void (*fence)(struct store *, int err);
 };
 
 /* First member of every implementation. */
 struct store {
     const struct store_ops *ops;
 };
+
+static inline void store_fence(struct store *s, int err)
+{
+    if (s->ops->fence)
+        s->ops->fence(s, err);
+}
 
 static inline int64_t store_submit(struct store *s, struct store_op *op) { return s->ops->submit(s, op); }
 

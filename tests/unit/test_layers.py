@@ -47,8 +47,8 @@ PYTHON = {
 }
 NATIVE = {
     "striping": set(),
-    "store": {"ffi/api_store.h", "striping"},
-    "engine": {"striping", "store", "ffi/api_store.h", "ffi/api_engine.h"},
+    "store": {"ffi/api_store.h", "ffi/api_rados_data.h", "striping"},
+    "engine": {"striping", "store", "ffi/api_store.h", "ffi/api_rados_data.h", "ffi/api_engine.h"},
     "transport": {"engine", "ffi/api_engine.h", "ffi/api_export.h"},
 }
 
