@@ -19,6 +19,7 @@ from typing import Any
 from librbd_py.native import check, ffi, lib
 
 from .events import EVENTS, LOCK_NEEDED, LOST
+from .plain import NO_MAP, ObjectMapKeeper
 from .view import ViewSpec
 
 READ, WRITE, DISCARD, WRITE_ZEROES, WRITESAME, COMPARE_AND_WRITE, FLUSH = range(7)  # enum req_type
@@ -94,6 +95,45 @@ class View:
         if self._parent is not None:
             self._parent.release()
             self._parent = None
+
+
+class NativeMap(ObjectMapKeeper):
+    """The HEAD object map in C, where the store asks and changes it with every request. Who changes objects past the
+    data path says it here. The caller owns the map's lock, the map is valid, and no write runs."""
+
+    def __init__(
+        self, store: Any, pool_id: int, image_id: str, states: bytes, *, fast_diff: bool, assert_locked: bytes
+    ) -> None:
+        """`store`: `rbdn_store *`; `pool_id`: of the header; `assert_locked`: input of lock.assert_locked."""
+        self._store = store
+        config = ffi.new("rbdn_object_map *")
+        name = ffi.new("char[]", image_id.encode())
+        config.pool_id = pool_id
+        config.image_id = name
+        config.states = ffi.from_buffer("uint8_t[]", states)
+        config.count = len(states)
+        config.fast_diff = fast_diff
+        config.assert_locked = ffi.from_buffer(assert_locked)
+        config.assert_len = len(assert_locked)
+        check(lib.rbdn_map_start(store, config), "object map")
+
+    def exists(self, objno: int) -> None:
+        check(lib.rbdn_map_change(self._store, objno, 1), "object map")
+
+    def pending(self, objno: int) -> None:
+        check(lib.rbdn_map_change(self._store, objno, 2), "object map")
+
+    def gone(self, objno: int) -> None:
+        check(lib.rbdn_map_change(self._store, objno, 0), "object map")
+
+    @property
+    def broken(self) -> bool:
+        return bool(self._store) and lib.rbdn_map_broken(self._store) == 1
+
+    def stop(self) -> None:
+        if self._store:
+            check(lib.rbdn_map_stop(self._store), "object map")
+            self._store = ffi.NULL
 
 
 class Reaper:
@@ -173,6 +213,7 @@ class NativeImage:
     def __init__(self, spec: ViewSpec, lock_needed: Callable[[], None]) -> None:
         self.id = next(_IDS)
         self._spec = spec
+        self.object_map: ObjectMapKeeper = NO_MAP
         EVENTS.on_image(self.id, lambda kind, value: lock_needed() if kind in (LOCK_NEEDED, LOST) else None)
         error = ffi.new("int *")
         view = View(spec)

@@ -27,10 +27,10 @@ from librbd_py.native import check, lib
 from librbd_py.store.api import NOSNAP, ObjectContext
 
 from . import cls, object_map
-from .datapath import NativeImage
+from .datapath import NativeImage, NativeMap
 from .header import MAX_PARENTS, Header, header_oid, image_id_of, load
 from .objects import ignoring
-from .plain import EVERYTHING, NO_MAP, WRITES, PlainData
+from .plain import EVERYTHING, NO_MAP, WRITES, ObjectMapKeeper, PlainData
 from .view import DataObjects, DataPath, ViewSpec
 
 DRAIN_SECONDS = 60.0  # how long a change waits for requests in flight
@@ -64,6 +64,7 @@ class ImageHandle:
         self._releasing = False  # guarded by _holds
         self._owner = False
         self._released_by_hand = False
+        self._map_reported = False
         self._seen_seq = 0
         self._size_limit: int | None = None
         self._update_watchers: dict[int, Callable[[], None]] = {}
@@ -125,9 +126,15 @@ class ImageHandle:
         if self._lost is not None:
             raise OSError(self._lost.errno, self._lost.strerror)
         control = self.control
-        if control is not None and control.header_seq != self._seen_seq:
+        if control is not None and (control.header_seq != self._seen_seq or self._map_broke()):
             self.refresh()
         return self._header
+
+    def _map_broke(self) -> bool:
+        """Whether the data path has set flags in the header that nobody here has read yet."""
+        broke = not self._map_reported and self.data.object_map.broken
+        self._map_reported |= broke
+        return broke
 
     @property
     def stale(self) -> bool:
@@ -412,8 +419,7 @@ class ImageHandle:
                     self._publish()
                 if self.objects.native is not None:
                     self.objects.native.disown()
-                if isinstance(self.data, PlainData):
-                    self.data.object_map = NO_MAP
+                self._keep_map(NO_MAP)
                 if self._header.has(ft.OBJECT_MAP):
                     object_map.unlock(self.ctx, self.id)
             finally:
@@ -437,17 +443,34 @@ class ImageHandle:
     def _take_map(self, header: Header) -> None:
         try:
             object_map.lock(self.ctx, self.id)
-            if isinstance(self.data, PlainData) and not self.keeps_map:
-                self.data.object_map = object_map.HeadMap(self.ctx, self.id, self.map_failed)
+            self._load_map(header)
         except OSError as failure:
             self.map_failed(failure)
 
     def take_map(self) -> None:
         """After the map was made, resized or rewritten: load it again."""
-        if self._owner and isinstance(self.data, PlainData):
-            self.data.object_map = NO_MAP
-            if self._header.has(ft.OBJECT_MAP) and not self.keeps_map:
-                self.data.object_map = object_map.HeadMap(self.ctx, self.id, self.map_failed)
+        if self._owner:
+            self._load_map(self._header)
+
+    def _load_map(self, header: Header) -> None:
+        """Under a gate closed for writes."""
+        self._keep_map(NO_MAP)
+        if self.keeps_map or not header.has(ft.OBJECT_MAP):
+            return
+        native = self.objects.native
+        if native is None or isinstance(self.data, PlainData):
+            self._keep_map(object_map.HeadMap(self.ctx, self.id, self.map_failed))
+        elif not load(self.ctx, self.id, read_only=False).flags_at(NOSNAP) & ft.FLAG_OBJECT_MAP_INVALID:
+            # C believes what the map says of absence, so the flags are read after whatever led here.
+            states = bytes(object_map.load(self.ctx, self.id))
+            fast_diff, lock = header.has(ft.FAST_DIFF), object_map.ASSERT_LOCKED
+            keeper = NativeMap(native.handle, self.ctx.pool_id, self.id, states, fast_diff=fast_diff, assert_locked=lock)
+            self._keep_map(keeper)
+
+    def _keep_map(self, keeper: ObjectMapKeeper) -> None:
+        before, self.data.object_map = self.data.object_map, keeper
+        before.stop()
+        self._map_reported = False
 
     @property
     def keeps_map(self) -> bool:
@@ -456,14 +479,12 @@ class ImageHandle:
 
     def forget_map(self) -> None:
         """The image is about to go, and its map with it."""
-        if isinstance(self.data, PlainData):
-            self.data.object_map = NO_MAP
+        self._keep_map(NO_MAP)
         self.gone = True
 
     def drop_map(self) -> None:
         """The object-map feature goes: its lock too."""
-        if isinstance(self.data, PlainData):
-            self.data.object_map = NO_MAP
+        self._keep_map(NO_MAP)
         object_map.unlock(self.ctx, self.id)
 
     def lock_no_longer_used(self) -> None:

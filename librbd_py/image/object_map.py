@@ -84,8 +84,11 @@ def unlock(ctx: ObjectContext, image_id: str) -> None:
         ctx.exec(map_oid(image_id), "lock", "unlock", fl.UnlockRequest(fl.RBD_LOCK_NAME, "").encode())
 
 
+ASSERT_LOCKED = fl.AssertRequest(fl.RBD_LOCK_NAME, fl.LOCK_EXCLUSIVE, "", "").encode()
+
+
 def _assert_locked() -> Exec:
-    return Exec("lock", "assert_locked", fl.AssertRequest(fl.RBD_LOCK_NAME, fl.LOCK_EXCLUSIVE, "", "").encode())
+    return Exec("lock", "assert_locked", ASSERT_LOCKED)
 
 
 class HeadMap(ObjectMapKeeper):
@@ -124,6 +127,10 @@ class HeadMap(ObjectMapKeeper):
     def gone(self, objno: int) -> None:
         if objno < len(self._states) and self._states[objno] == PENDING:
             self._update(objno, NONEXISTENT, PENDING)
+
+    @property
+    def broken(self) -> bool:
+        return self._broken
 
     def _update(self, objno: int, state: int, current: int | None) -> None:
         if self._broken:

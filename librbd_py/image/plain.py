@@ -43,6 +43,14 @@ class ObjectMapKeeper:
     def gone(self, objno: int) -> None:
         """Called after it was removed."""
 
+    @property
+    def broken(self) -> bool:
+        """A change failed: the header calls the map invalid since then."""
+        return False
+
+    def stop(self) -> None:
+        """The map is not kept any more. No request may run that changes objects."""
+
 
 NO_MAP = ObjectMapKeeper()
 WRITES, EVERYTHING = 1, 3

@@ -14,7 +14,7 @@ from .cls import u64
 from .directory import check_size
 from .handle import ImageHandle
 from .objects import ignoring
-from .plain import ObjectMapKeeper, PlainData
+from .plain import ObjectMapKeeper
 from .progress import Progress, report
 
 SCAN_LIMIT = 4096  # more objects than this are not tried one by one without a hint of which exist
@@ -130,5 +130,4 @@ def known_states(handle: ImageHandle, snap_id: int = NOSNAP) -> bytearray | None
 
 
 def map_keeper(handle: ImageHandle) -> ObjectMapKeeper:
-    data = handle.data
-    return data.object_map if isinstance(data, PlainData) else ObjectMapKeeper()
+    return handle.data.object_map

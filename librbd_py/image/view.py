@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from librbd_py.store.api import NO_SNAPS, NOSNAP, NativeData, ObjectContext, SnapContext
 
 from .layout import Layout
+
+if TYPE_CHECKING:
+    from .plain import ObjectMapKeeper
 
 DISCARD_GRANULARITY = 65536  # bytes; Ceph's rbd_discard_granularity_bytes
 
@@ -68,6 +71,8 @@ class ViewSpec:
 
 class DataPath(Protocol):
     """Guest-visible I/O on one image: the C engine, or `plain.PlainData`. Ranges beyond the view's size are EINVAL."""
+
+    object_map: ObjectMapKeeper
 
     def publish(self, view: ViewSpec) -> None: ...
 

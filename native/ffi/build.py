@@ -12,7 +12,8 @@ from pathlib import Path
 from cffi import FFI
 
 NATIVE = Path(__file__).resolve().parent.parent
-HEADERS = ("api_store.h", "api_rados_data.h", "api_engine.h", "api_export.h")  # each may use the types of those before it
+# each may use the types of those before it
+HEADERS = ("api_store.h", "api_rados_data.h", "api_engine.h", "api_export.h")
 PARTS = ("striping", "store", "engine", "transport", "ffi")
 
 
