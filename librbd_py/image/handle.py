@@ -463,8 +463,8 @@ class ImageHandle:
         elif not load(self.ctx, self.id, read_only=False).flags_at(NOSNAP) & ft.FLAG_OBJECT_MAP_INVALID:
             # C believes what the map says of absence, so the flags are read after whatever led here.
             states = bytes(object_map.load(self.ctx, self.id))
-            fast_diff, lock = header.has(ft.FAST_DIFF), object_map.ASSERT_LOCKED
-            keeper = NativeMap(native.handle, self.ctx.pool_id, self.id, states, fast_diff=fast_diff, assert_locked=lock)
+            diff, lock = header.has(ft.FAST_DIFF), object_map.ASSERT_LOCKED
+            keeper = NativeMap(native.handle, self.ctx.pool_id, self.id, states, fast_diff=diff, assert_locked=lock)
             self._keep_map(keeper)
 
     def _keep_map(self, keeper: ObjectMapKeeper) -> None:
