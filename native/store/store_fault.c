@@ -190,6 +190,11 @@ static void fault_close(struct store *s)
     free(f);
 }
 
+static void fault_fence(struct store *s, int err)
+{
+    store_fence(((struct fault_store *)s)->inner, err);
+}
+
 /* Decimal digits only, 1..max. */
 static bool number(const char *text, uint64_t max, uint64_t *value)
 {
@@ -294,7 +299,7 @@ rbdn_store *rbdn_fault_open(rbdn_store *inner, const char *spec, int *err)
         pthread_cond_init(&f->cond, &attr);
         pthread_condattr_destroy(&attr);
         f->inner = inner;
-        f->ops = (struct store_ops){"fault", inner->ops->caps, fault_submit, fault_close};
+        f->ops = (struct store_ops){"fault", inner->ops->caps, fault_submit, fault_close, fault_fence};
         f->store.ops = &f->ops;
         if (threaded && (r = -pthread_create(&f->thread, NULL, answer, f)) == 0)
             f->threaded = true;

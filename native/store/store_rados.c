@@ -292,11 +292,15 @@ void rados_call_run(struct call *c)
     pthread_mutex_lock(&s->lock);
     int err = atomic_load_explicit(&s->fence, memory_order_relaxed);
     c->context = err ? NULL : context_get(s, c->op);
-    bool waits = c->context && rados_stream_join(s, c);
+    if (!err && !c->context)
+        err = -ENOMEM;
+    bool waits = !err && rados_stream_join(s, c);
     pthread_mutex_unlock(&s->lock);
-    if (!c->context)
-        rados_call_end(c, err ? err : -ENOMEM);
-    else if (!waits)
+    if (waits) /* and may be done and gone */
+        return;
+    if (err)
+        rados_call_end(c, err);
+    else
         call_fly(c);
 }
 
