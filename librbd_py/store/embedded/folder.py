@@ -136,7 +136,11 @@ class Folder:
         return data
 
     def write_new(self, name: str, data: bytes) -> bool:
-        """Puts a file under a free name, whole and durable, or not at all. False: the name is taken."""
+        """Puts a file under a free name, whole and durable, or not at all. False: the name is taken.
+
+        By rename under the folder's lock: a hard link would give the file two names for a moment, which check_file
+        refuses, and for ever when the process dies in that moment.
+        """
         temporary = f"{name}.{secrets.token_hex(8)}.new"
         fd = self.open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
@@ -145,12 +149,17 @@ class Folder:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+            lock = lock_folder(self)
             try:
-                os.link(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-            except FileExistsError:
-                return False
-        finally:
-            os.unlink(temporary, dir_fd=self.fd)
+                if self.stat(name) is not None:
+                    self.remove(temporary)
+                    return False
+                self.rename(temporary, name)
+            finally:
+                os.close(lock)
+        except BaseException:
+            self.remove(temporary)
+            raise
         self.sync()
         return True
 
