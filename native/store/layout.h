@@ -129,6 +129,7 @@ struct layout {
     uint32_t copying;             /* threads between clones_copy_begin and _end */
 
     _Atomic uint64_t allocated[LAYOUT_INDEX_MAX / LAYOUT_CHUNK / 64]; /* bit per chunk of index known to be allocated */
+    _Atomic(struct windows *) windows; /* NULL until something is read or written */
     struct stripe stripe[LAYOUT_STRIPES];
     uint32_t head_count;
     struct head heads[];     /* by segment */
@@ -171,6 +172,17 @@ int file_copy(int from, uint64_t from_pos, int to, uint64_t to_pos, uint64_t len
 int head_open(struct layout *, uint32_t seg, bool create); /* -> fd; -ENOENT: nothing was ever written there */
 void head_dirty(struct layout *, uint32_t seg);
 int head_punch(struct layout *, uint64_t objno, uint64_t off, uint64_t len);
+
+/* --- layout_window.c: HEAD mapped. All within segment seg, whose file is fd; len > 0 */
+
+/* true: done. false: go through the file, which also says what is wrong. */
+bool window_read(struct layout *, uint32_t seg, const struct store_op *, uint64_t pos, uint64_t len);
+bool window_write(struct layout *, uint32_t seg, const struct store_op *, uint64_t pos);
+/* The file was read, or written, there: the next time it may go faster. */
+void window_saw(struct layout *, uint32_t seg, int fd, uint64_t pos, uint64_t len);
+void window_wrote(struct layout *, uint32_t seg, int fd, uint64_t pos, uint64_t len);
+void windows_synced(struct layout *);
+void windows_free(struct layout *);
 
 /* --- layout_index.c */
 

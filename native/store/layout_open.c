@@ -85,6 +85,7 @@ static int join(struct layout *l)
 static void destroy(struct layout *l)
 {
     clones_free(l);
+    windows_free(l);
     index_unmap(l);
     for (uint32_t i = 0; i < l->head_count; i++) {
         int fd = atomic_load(&l->heads[i].fd_plus1) - 1;

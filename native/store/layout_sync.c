@@ -67,6 +67,7 @@ static void sync_heads(struct layout *l)
         if (fd >= 0) {
             atomic_store_explicit(&l->heads[seg].dirty, false, memory_order_seq_cst);
             layout_fdatasync(l, fd);
+            windows_synced(l);
         }
     }
 }

@@ -1,7 +1,7 @@
 /* The embedded store's operations on objects.
  *
- * The hot path: an in-place read is one entry load and one preadv2; an in-place write one try-lock, two loads, one
- * pwritev, two flag loads. What changes existence, or needs a snapshot's copy first, is exclusive and never inline.
+ * The hot path: an in-place read is one entry load and one copy, or preadv2; an in-place write one try-lock, two loads,
+ * one copy, or pwritev, two flag loads. What changes existence, or needs a snapshot's copy first, is exclusive and never inline.
  */
 #define _GNU_SOURCE
 #include <unistd.h>
@@ -58,7 +58,13 @@ static int write_data(struct layout *l, const struct store_op *op)
     int fd = head_open(l, seg, true);
     if (fd < 0)
         return fd;
-    int r = file_write(fd, op->iov, op->iovcnt, op->len, layout_pos(l, op->objno) + op->off);
+    uint64_t pos = layout_pos(l, op->objno) + op->off;
+    int r = 0;
+    if (!window_write(l, seg, op, pos)) {
+        r = file_write(fd, op->iov, op->iovcnt, op->len, pos);
+        if (r == 0)
+            window_wrote(l, seg, fd, pos, op->len);
+    }
     head_dirty(l, seg); /* also after a failure: part may have been written */
     return r;
 }
@@ -154,6 +160,9 @@ static int64_t read_head(struct layout *l, const struct store_op *op, uint64_t w
     if (op->off >= size)
         return 0;
     uint64_t len = op->len < size - op->off ? op->len : size - op->off;
+    uint64_t pos = layout_pos(l, op->objno) + op->off;
+    if (len == 0 || window_read(l, seg, op, pos, len))
+        return (int64_t)len;
     int fd = head_open(l, seg, false);
     if (__builtin_expect(fd < 0, 0)) {
         if (fd != -ENOENT)
@@ -161,8 +170,11 @@ static int64_t read_head(struct layout *l, const struct store_op *op, uint64_t w
         iov_zero(op->iov, op->iovcnt, 0, len); /* an object nothing was written to, alone in its segment */
         return (int64_t)len;
     }
-    int r = file_read(fd, op->iov, op->iovcnt, len, layout_pos(l, op->objno) + op->off, op->flags & STORE_NOWAIT);
-    return r < 0 ? r : (int64_t)len;
+    int r = file_read(fd, op->iov, op->iovcnt, len, pos, op->flags & STORE_NOWAIT);
+    if (r < 0)
+        return r;
+    window_saw(l, seg, fd, pos, len);
+    return (int64_t)len;
 }
 
 static int64_t extents_of(struct layout *l, struct store_op *op, int fd, uint32_t size)
