@@ -29,6 +29,7 @@
 #define SPIN_MIN_NS 8000
 #define SHORT_WAIT_NS 75000      /* a blocking wait as measured contains our own wake-up (25 us, twice that when slow) */
 #define PREEMPTED_NS 200000      /* one turn of the spin loop took so long: somebody else ran on our core */
+#define LOOK_NS 5000             /* pollers may keep other files waiting so long while the loop spins */
 #define CREDIT_MAX 64            /* short waits in a row asked for, at most, before spinning is tried again */
 
 struct reactor {
@@ -42,6 +43,7 @@ struct reactor {
     struct epoll_event events[BATCH];
     int event_at, event_count;
     uint64_t spin_ns;     /* 0: do not */
+    uint64_t looked;      /* monotonic ns: spin() asked epoll */
     unsigned short_waits; /* in a row */
     unsigned credit;      /* short_waits needed before spinning starts */
 };
@@ -138,7 +140,11 @@ static bool spin(struct reactor *r)
 {
     uint64_t begin = now_ns(), last = begin;
     for (;;) {
-        take_events(r, 0);
+        /* A system call for each turn would cost as much as the requests that pollers find. */
+        if (!r->pollers || last - r->looked > LOOK_NS) {
+            take_events(r, 0);
+            r->looked = last;
+        }
         if (run_posts(r) | run_pollers(r) | run_events(r)) {
             if (r->credit > 4)
                 r->credit--;
