@@ -1,7 +1,9 @@
 """Drop-in for Ceph's `rados` module: same names, signatures, constants and exceptions, over any store of this library.
 
 Which store: the option `rbdpy_store` (in `conf`, `conf_set` or a configuration file), else the environment variable
-`RBDPY_STORE`, else a `conffile` that is a store's folder, else the library's default. Options nobody knows are kept.
+`RBDPY_STORE`, else a `conffile` that is a store's folder, else the Ceph cluster of a `conffile` (or of the option
+`mon_host`), else the library's default. Options nobody knows are kept. On Ceph what was set by a call wins over
+$CEPH_ARGS, and that over the file.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +40,7 @@ from librbd_py.rados.ops import (
     unsupported,
 )
 from librbd_py.store.api import Store
+from librbd_py.store.rados import ClusterOptions, RadosStore
 
 Error = errors.rados.Error
 OSError = errors.rados.OSError
@@ -202,6 +206,7 @@ class Rados:
         self.state = "configuring"
         self.rados_id = rados_id
         self.name = f"client.{rados_id}" if rados_id else (name or "client.admin")
+        self._named = bool(rados_id or name)
         self.clustername = clustername or ""
         self.conf_defaults = conf_defaults
         self.conffile = conffile
@@ -209,10 +214,12 @@ class Rados:
         self.monitor_callback: object = None
         self.monitor_callback2: object = None
         self._conf: dict[str, str] = {}
+        self._explicit: dict[str, str] = {}  # what was set by a call, not by a file: it wins on Ceph too
         self._folder: str | None = None  # a conffile that is a store
+        self._conffile: str | None = None  # the last ceph.conf that was read
         self._store: Store | None = None
         for option, value in (conf_defaults or {}).items():
-            self.conf_set(option, value)
+            self._conf[_normal(text(option, "option"))] = text(value, "val")
         if conffile in (self.DEFAULT_CONF_FILES, ""):
             self.conf_read_file(None)
         elif conffile not in (self.NO_CONF_FILE, None):
@@ -254,7 +261,7 @@ class Rados:
         if path is not None and os.path.isdir(path):
             self._folder = path
             return
-        paths = [text(path, "path")] if path is not None else [os.path.expanduser(p) for p in DEFAULT_CONF_PATHS]
+        paths = [text(path, "path")] if path is not None else _default_paths()
         parser = configparser.RawConfigParser(strict=False, allow_no_value=True, inline_comment_prefixes=("#", ";"))
         for candidate in paths:
             try:
@@ -266,6 +273,7 @@ class Rados:
                 raise InvalidArgumentError(f"error calling conf_read_file: {failure}", errno.EINVAL) from failure
             except builtins.OSError as failure:
                 raise errors.rados_error(failure, "error calling conf_read_file") from failure
+            self._conffile = os.path.abspath(candidate)
             for section in ("global", "client", self.name):
                 if parser.has_section(section):
                     for option, value in parser.items(section):
@@ -287,9 +295,9 @@ class Rados:
             if not option.startswith("--") or (known not in self._conf and known != STORE_OPTION):
                 rest.append(item)
             elif equals:
-                self._conf[known] = value
+                self.conf_set(known, value)
             else:
-                self._conf[known] = next(items, "")
+                self.conf_set(known, next(items, ""))
         self.parsed_args = args
         return rest
 
@@ -299,22 +307,40 @@ class Rados:
             self.conf_parse_argv(os.environ[var].split())
 
     def conf_get(self, option: str) -> str | None:
-        """None for an option nobody set."""
+        """None for an option nobody set; a connection to Ceph knows the defaults too."""
         self.require_state("configuring", "connected")
-        return self._conf.get(_normal(text(option, "option")))
+        name = _normal(text(option, "option"))
+        if isinstance(self._store, RadosStore) and name not in self._explicit:
+            with suppress(builtins.OSError):
+                return self._store.connection.conf_get(name)
+        return self._conf.get(name)
 
     def conf_set(self, option: str, val: str) -> None:
         self.require_state("configuring", "connected")
-        self._conf[_normal(text(option, "option"))] = text(val, "val")
+        name = _normal(text(option, "option"))
+        self._conf[name] = self._explicit[name] = text(val, "val")
 
     # --- the connection ----------------------------------------------------------------------------------------------
 
     def connect(self, timeout: int = 0) -> None:
         self.require_state("configuring")
         url = self._conf.get(STORE_OPTION) or os.environ.get(STORE_VARIABLE) or self._folder
+        if not url and (self._conffile or "mon_host" in self._conf):
+            url = "ceph"
         with rados_errors("error connecting to the cluster"):
-            self._store = stores.connect(url) if url else stores.connect()
+            self._store = stores.connect(url, self._cluster_options()) if url else stores.connect()
         self.state = "connected"
+
+    def _cluster_options(self) -> ClusterOptions:
+        """For Ceph: what this object was told."""
+        options = {option: value for option, value in self._explicit.items() if not option.startswith("rbdpy_")}
+        if self._conffile is None:
+            options = {**self._conf, **options}
+            options.pop(STORE_OPTION, None)
+        conf = self._conffile if self._conffile or "mon_host" not in self._conf else ""
+        return ClusterOptions(
+            conf, self.name if self._named else None, tuple(sorted(options.items())), self.clustername or "ceph"
+        )
 
     def shutdown(self) -> None:
         if self._store is not None:
@@ -474,6 +500,11 @@ class MonitorLog:
         self.arg = arg
         self.cluster = cluster
         cluster.monitor_log(level, callback, arg)
+
+
+def _default_paths() -> list[str]:
+    named = os.environ.get("CEPH_CONF")
+    return [named] if named else [os.path.expanduser(path) for path in DEFAULT_CONF_PATHS]
 
 
 def _check_monitor(level: str, callback: object) -> None:

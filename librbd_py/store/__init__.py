@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import TYPE_CHECKING
 
 from .api import Store
+
+if TYPE_CHECKING:
+    from .rados import ClusterOptions
 
 DEFAULT_STORE = "embedded:/var/lib/rbdpy"
 STORE_VARIABLE = "RBDPY_STORE"
@@ -16,11 +20,19 @@ def default_url() -> str:
     return os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
 
 
-def connect(url: str | None = None) -> Store:
-    """A connection of its own identity; close it.
+def is_ceph(url: str) -> bool:
+    """Whether the URL means a Ceph cluster."""
+    kind = url.partition("?")[0].partition(":")[0]
+    return kind in ("ceph", "rados")
 
-    `embedded:/path` or a plain path: the store in that folder (made when missing). `memory:NAME`: a cluster inside this
-    process, for tests. None: $RBDPY_STORE, else /var/lib/rbdpy. EINVAL for anything else, EOPNOTSUPP for Ceph.
+
+def connect(url: str | None = None, ceph: ClusterOptions | None = None) -> Store:
+    """A connection; close it. On Ceph all that mean the same cluster and user are one client, else each is its own.
+
+    `embedded:/path` or a plain path: the store in that folder (made when missing). `ceph[:CONF][?user=NAME]`: a Ceph
+    cluster, as CONF (else $CEPH_CONF, else /etc/ceph/ceph.conf) says; what the URL leaves open comes from `ceph`.
+    `memory:NAME`: a cluster inside this process, for tests. None: $RBDPY_STORE, else /var/lib/rbdpy. EINVAL for
+    anything else, ENOPKG for Ceph without librados.
     """
     if url is None:
         url = default_url()
@@ -29,12 +41,16 @@ def connect(url: str | None = None) -> Store:
         from .memory import MemoryStore, named_cluster
 
         return MemoryStore(named_cluster(rest))
-    if url == "ceph" or (colon and kind in ("ceph", "rados")):
-        raise OSError(errno.EOPNOTSUPP, f"store {url!r}: Ceph clusters are not supported yet; use embedded:/path")
+    # Imported late: a process that never opens it needs neither librados nor SQLite nor the compiled extension.
+    if is_ceph(url):
+        from . import rados
+
+        return rados.connect(rados.parse_url(url, ceph))
     path = rest if colon and kind == "embedded" else url
     if not path or (colon and kind != "embedded" and "/" not in kind):
-        raise OSError(errno.EINVAL, f"{url!r} names no store; use embedded:/path or memory:name")
-    # Imported late: a process that never opens it needs neither SQLite nor the compiled extension.
+        raise OSError(
+            errno.EINVAL, f"{url!r} names no store; use embedded:/path, ceph:/path/to/ceph.conf or memory:name"
+        )
     from .embedded import EmbeddedStore
 
     return EmbeddedStore(path, create=True)

@@ -13,7 +13,7 @@ from cffi import FFI
 
 NATIVE = Path(__file__).resolve().parent.parent
 # each may use the types of those before it
-HEADERS = ("api_store.h", "api_rados_data.h", "api_engine.h", "api_export.h")
+HEADERS = ("api_store.h", "api_rados.h", "api_rados_data.h", "api_engine.h", "api_export.h")
 PARTS = ("striping", "store", "engine", "transport", "ffi")
 
 

@@ -1,7 +1,6 @@
 """The conformance suite runs over every store. A store joins by adding a factory to `FACTORIES`.
 
-With RBDPY_TEST_CEPH=/path/to/ceph.conf it runs over that cluster too, which is how the stores are held to Ceph's
-errnos.
+With RBDPY_TEST_CEPH_CONF=/path/to/ceph.conf it runs over that cluster too.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import pytest
 from librbd_py.store.api import ObjectContext, Store
 from librbd_py.store.embedded import EmbeddedStore
 from librbd_py.store.memory import MemoryCluster, MemoryStore
+from librbd_py.store.rados import ClusterOptions, connect
 
 _numbers = itertools.count(1)
 
@@ -63,13 +63,12 @@ def _embedded(folder: Path) -> Callable[[], Store]:
 
 
 def _ceph(folder: Path) -> Callable[[], Store]:
-    from ceph_adapter import CephStore
-
-    return lambda: CephStore(os.environ["RBDPY_TEST_CEPH"])
+    conf = os.environ["RBDPY_TEST_CEPH_CONF"]
+    return lambda: connect(ClusterOptions(conf), share=False)
 
 
 FACTORIES: dict[str, Callable[[Path], Callable[[], Store]]] = {"memory": _memory, "embedded": _embedded}
-if os.environ.get("RBDPY_TEST_CEPH"):
+if os.environ.get("RBDPY_TEST_CEPH_CONF"):
     FACTORIES["ceph"] = _ceph
 
 

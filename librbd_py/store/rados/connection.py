@@ -1,0 +1,274 @@
+"""A connection to a cluster: one `rados_t`, shared by everything in the process that means the same cluster and user.
+
+Whoever uses it holds a reference: a store, an image's C data objects, an operation in progress. The last one to let go
+shuts it down, so closing a store never pulls the connection from under a call of another thread.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import os
+import re
+import shlex
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from librbd_py.native import ffi, lib
+
+from ..api import Client
+
+MISSING = "librados is not installed: Ceph clusters need the Debian package librados2"
+DEFAULT_NAME = "client.admin"
+_ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:.%]+\]|[0-9]+(?:\.[0-9]+){3}):[0-9]+/[0-9]+")
+_MAX_ADDRESSES = 4096  # bytes
+
+
+def fail(code: int, what: str) -> OSError:
+    """`code`: an errno, negative or not. A compare-and-write's 4095 + offset has no text of its own."""
+    code = abs(code)
+    return OSError(code, f"{what}: {os.strerror(code) if code <= 4095 else 'data differs'}")
+
+
+def check(result: int, what: str) -> int:
+    """The result of a call of librados, or OSError."""
+    if result < 0:
+        raise fail(result, what)
+    return result
+
+
+def load() -> None:
+    """ENOPKG without librados."""
+    if lib.rbdn_rados_load() < 0:
+        raise OSError(errno.ENOPKG, MISSING)
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """What makes two connections the same. Precedence as in Ceph's own tools: the file, then $CEPH_ARGS, then
+    `options`."""
+
+    conf: str | None = None  # a file; None: $CEPH_CONF, else the usual places. "": none is read
+    name: str | None = None  # "client.admin"; None: from $CEPH_ARGS (--id, --name), else that
+    options: tuple[tuple[str, str], ...] = ()
+    cluster: str = "ceph"  # its name, which default paths contain
+
+    def resolved(self) -> ClusterOptions:
+        """Nothing left that the environment decides, so that it can be compared."""
+        conf = self.conf
+        if conf is None and os.environ.get("CEPH_CONF"):
+            conf = os.environ["CEPH_CONF"]
+        if conf:
+            conf = os.path.abspath(conf)
+        return ClusterOptions(conf, self.name or _name_from_environment(), self.options, self.cluster)
+
+
+def entity(user: str) -> str:
+    """`admin` and `client.admin` are the same user."""
+    return user if "." in user else f"client.{user}"
+
+
+def _name_from_environment() -> str:
+    try:
+        words = shlex.split(os.environ.get("CEPH_ARGS", ""))
+    except ValueError as failure:
+        raise OSError(errno.EINVAL, f"CEPH_ARGS: {failure}") from None
+    name = DEFAULT_NAME
+    for at, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if not equals:
+            value = words[at + 1] if at + 1 < len(words) else ""
+        if option in ("--id", "--user") and value:
+            name = f"client.{value}"
+        elif option in ("--name", "-n") and value:
+            name = value
+    return name
+
+
+def addresses(text: str) -> list[str]:
+    """`ip:port/nonce` of every address in what librados writes."""
+    return _ADDRESS.findall(text)
+
+
+class Connection:
+    """Made connected, with one reference. `fenced` is set once the cluster has refused this client."""
+
+    def __init__(self, options: ClusterOptions) -> None:
+        load()
+        self.options = options
+        self.fenced = False
+        self._pid = os.getpid()
+        self._lock = threading.Lock()  # guards the next three
+        self._references = 1
+        self._contexts: dict[tuple[int, str], Any] = {}
+        self._ring: Any = None
+        error, name = ffi.new("int *"), (options.name or DEFAULT_NAME).encode()
+        self.handle: Any = lib.rbdn_rados_create(options.cluster.encode(), name, error)
+        if not self.handle:
+            raise fail(error[0], f"librados for {options.name}")
+        try:
+            self._configure()
+            where = options.conf or "the cluster"
+            check(lib.rbdn_rados_connect(self.handle), f"{where} as {options.name}")
+            self.fsid = self._text(lib.rbdn_rados_fsid, 64, "fsid")
+            found = addresses(self._text(lib.rbdn_rados_addresses, _MAX_ADDRESSES, "address"))
+            if not found:
+                raise OSError(errno.EPROTO, "librados gives this client no address")
+            self.client = Client(lib.rbdn_rados_instance(self.handle), found[0])
+        except BaseException:
+            handle, self.handle = self.handle, None
+            lib.rbdn_rados_shutdown(handle)
+            raise
+        _live.add(self)
+
+    def _configure(self) -> None:
+        options = self.options
+        if options.conf != "":
+            path = options.conf.encode() if options.conf else ffi.NULL
+            result = lib.rbdn_rados_conf_read(self.handle, path)
+            if result == -errno.ENOENT and options.conf is None:
+                raise OSError(errno.ENOENT, "there is no ceph.conf: name one, as in ceph:/etc/ceph/ceph.conf")
+            check(result, f"configuration {options.conf or 'of Ceph'}")
+        check(lib.rbdn_rados_conf_env(self.handle, ffi.NULL), "CEPH_ARGS")
+        for option, value in options.options:
+            result = lib.rbdn_rados_conf_set(self.handle, option.encode(), value.encode())
+            if result != -errno.ENOENT:  # not an option of Ceph's: one of ours
+                check(result, f"option {option}={value}")
+
+    def _text(self, call: Any, size: int, what: str) -> str:
+        buffer = ffi.new("char[]", size)
+        check(call(self.handle, buffer, size), what)
+        return str(ffi.string(buffer).decode(errors="replace"))
+
+    def conf_get(self, option: str) -> str:
+        """ENOENT for an option Ceph does not have."""
+        buffer = ffi.new("char[]", 8192)
+        check(lib.rbdn_rados_conf_get(self.handle, option.encode(), buffer, 8192), f"option {option}")
+        return str(ffi.string(buffer).decode(errors="replace"))
+
+    # --- who uses it
+
+    def acquire(self) -> None:
+        """ENOTCONN when it is shut down, EBADFD after a fork."""
+        if os.getpid() != self._pid:
+            raise OSError(errno.EBADFD, "this connection was made before a fork: the child must connect itself")
+        with self._lock:
+            if self._references == 0:
+                raise OSError(errno.ENOTCONN, "the connection is closed")
+            self._references += 1
+
+    def release(self) -> None:
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            self._references -= 1
+            if self._references:
+                return
+            contexts, self._contexts = self._contexts, {}
+            ring, self._ring = self._ring, None
+        _live.discard(self)
+        for context in contexts.values():
+            lib.rbdn_ioctx_close(context)
+        handle, self.handle = self.handle, None
+        lib.rbdn_rados_shutdown(handle)
+        if ring is not None:
+            ring.close()
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """Kept alive for the time of a call. Notices when the cluster refuses this client."""
+        self.acquire()
+        try:
+            yield
+        except OSError as failure:
+            if failure.errno == errno.ESHUTDOWN:
+                self.fenced = True
+            raise
+        finally:
+            self.release()
+
+    @property
+    def shareable(self) -> bool:
+        """A new user of the cluster may have it too."""
+        return not self.fenced and self._references > 0 and os.getpid() == self._pid
+
+    # --- what hangs on it
+
+    def context(self, pool_id: int, namespace: str) -> Any:
+        """The one `rbdn_ioctx` of this pool and namespace. ENOENT for no such pool."""
+        with self._lock:
+            found = self._contexts.get((pool_id, namespace))
+        if found is not None:
+            return found
+        error = ffi.new("int *")
+        made = lib.rbdn_ioctx_open(self.handle, pool_id, namespace.encode(), error)
+        if not made:
+            raise fail(error[0], f"pool {pool_id}")
+        with self._lock:
+            kept = self._contexts.setdefault((pool_id, namespace), made)
+        if kept is not made:
+            lib.rbdn_ioctx_close(made)
+        return kept
+
+    def ring(self, make: Any) -> Any:
+        """The events of its watches, made at first use; `make` builds what has a `close()`."""
+        with self._lock:
+            if self._ring is None:
+                self._ring = make()
+            return self._ring
+
+    # --- commands
+
+    def command(self, target: int, where: str, text: str, data: bytes = b"") -> tuple[int, bytes, str]:
+        """(0 or -errno, output, message)."""
+        with self.using():
+            reply = ffi.new("rbdn_rados_reply *")
+            result = lib.rbdn_rados_command(self.handle, target, where.encode(), text.encode(), data, len(data), reply)
+            try:
+                output = ffi.buffer(reply.out, reply.out_len)[:] if reply.out_len else b""
+                status = ffi.buffer(reply.status, reply.status_len)[:] if reply.status_len else b""
+            finally:
+                lib.rbdn_rados_reply_free(reply)
+        return int(result), bytes(output), bytes(status).decode(errors="replace")
+
+
+_live: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Threads of librados must not outlive the interpreter's use of it; one that is in use is left alone."""
+    for connection in list(_live):
+        if connection.shareable and connection._references == 1:
+            with suppress(OSError):
+                connection.release()
+
+
+# --- sharing
+
+
+_shared: dict[ClusterOptions, Connection] = {}
+_turns: dict[ClusterOptions, threading.Lock] = {}  # held while connecting: two threads must not make two
+_shared_lock = threading.Lock()  # guards both; never held while connecting
+
+
+def shared(options: ClusterOptions) -> Connection:
+    """The process's connection to that cluster as that user, with a reference for the caller."""
+    options = options.resolved()
+    with _shared_lock:
+        turn = _turns.setdefault(options, threading.Lock())
+    with turn:
+        with _shared_lock:
+            found = _shared.get(options)
+        if found is not None and found.shareable:
+            with suppress(OSError):  # its last user may just have let go
+                found.acquire()
+                return found
+        made = Connection(options)
+        with _shared_lock:
+            _shared[options] = made
+        return made
