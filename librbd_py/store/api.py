@@ -352,7 +352,8 @@ class ObjectContext(ABC):
 
     @abstractmethod
     def objects(self) -> Iterator[str]:
-        """Names of the objects whose head exists, in no promised order."""
+        """Names of the objects whose head exists, in no promised order. Ceph also lists those that only snapshots
+        still need."""
 
     @abstractmethod
     def snap_create(self) -> int:

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from librbd_py import rbd
-from librbd_py.store.api import ObjectContext, Store
+from librbd_py.store import rados
+from librbd_py.store.api import ObjectContext, Remove, Store
 from librbd_py.store.embedded import EmbeddedStore
 from librbd_py.store.memory import MemoryCluster
+from librbd_py.store.rados import ClusterOptions
 
 MIB = 1 << 20
+POOLS = ("rbd", "other", "data")
 R = rbd.RBD()
+_namespaces = {""}  # that tests have used
 
 
 class Cluster:
-    """One cluster with pools `rbd`, `other` and `data`; `connect` makes further clients."""
+    """One cluster with empty pools `rbd`, `other` and `data`; `connect` makes further clients."""
 
     def __init__(self, connect: Callable[[], Store]) -> None:
         self._connect = connect
         self._stores: list[Store] = []
         self.first = self.connect()
-        for pool in ("rbd", "other", "data"):
-            if pool not in [row.name for row in self.first.pools()]:
+        have = [row.name for row in self.first.pools()]
+        for pool in POOLS:
+            if pool not in have:
                 self.first.pool_create(pool)
 
     def connect(self) -> Store:
@@ -34,18 +42,37 @@ class Cluster:
         return store
 
     def pool(self, name: str, namespace: str = "") -> ObjectContext:
+        _namespaces.add(namespace)
         return self.first.open(name, namespace)
+
+    def empty(self) -> None:
+        """For tests that share a cluster: making pools anew takes Ceph longer."""
+        for pool in POOLS:
+            for io in [self.first.open(pool, space) for space in _namespaces]:
+                for oid in list(io.objects()):
+                    with suppress(FileNotFoundError):  # snapshots still need it
+                        io.write(oid, [Remove()])
 
     def close(self) -> None:
         for store in self._stores:
             store.close()
 
 
-@pytest.fixture(params=["memory", "embedded"])
+def kinds() -> list[str]:
+    return ["memory", "embedded", *(["ceph"] if os.environ.get("RBDPY_TEST_CEPH_CONF") else [])]
+
+
+@pytest.fixture(params=kinds())
 def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
     connect: Callable[[], Store]
     if request.param == "memory":
         connect = MemoryCluster().connect
+    elif request.param == "ceph":
+        options = ClusterOptions(os.environ["RBDPY_TEST_CEPH_CONF"])
+
+        def connect() -> Store:
+            return rados.connect(options, share=False)
+
     else:
         folder = str(tmp_path / "store")
 
@@ -53,6 +80,8 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
             return EmbeddedStore(folder, create=True)
 
     made = Cluster(connect)
+    if request.param == "ceph":
+        made.empty()
     yield made
     made.close()
 
@@ -69,3 +98,11 @@ def refused(kind: type[BaseException], code: int | None, call: Callable[..., Any
     assert type(caught.value) is kind
     if code is not None:
         assert getattr(caught.value, "errno", None) == code
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 30) -> None:
+    """Waits for what a cluster does in the background."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.02)
