@@ -13,7 +13,7 @@ import pytest
 
 from librbd_py import rbd
 from librbd_py.store import rados
-from librbd_py.store.api import ObjectContext, Remove, Store
+from librbd_py.store.api import AssertExists, ObjectContext, Remove, Store
 from librbd_py.store.embedded import EmbeddedStore
 from librbd_py.store.memory import MemoryCluster
 from librbd_py.store.rados import ClusterOptions
@@ -89,6 +89,19 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
 @pytest.fixture
 def io(cluster: Cluster) -> ObjectContext:
     return cluster.pool("rbd")
+
+
+def heads(io: ObjectContext) -> list[str]:
+    """Objects that exist, without those that only snapshots need (of earlier tests too, on a Ceph cluster)."""
+
+    def exists(oid: str) -> bool:
+        try:
+            io.read(oid, [AssertExists()])
+        except FileNotFoundError:
+            return False
+        return True
+
+    return [oid for oid in io.objects() if exists(oid)]
 
 
 def refused(kind: type[BaseException], code: int | None, call: Callable[..., Any], *args: Any, **named: Any) -> None:
