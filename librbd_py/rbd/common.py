@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from librbd_py.errors import rbd as exceptions
 from librbd_py.store.api import ObjectContext
+from librbd_py.store.rados import foreign
 
 U64_END = 1 << 64
 F = TypeVar("F", bound=Callable[..., Any])
@@ -54,7 +55,9 @@ def number(val: Any, end: int = U64_END, kind: str = "uint64_t") -> int:
 
 
 def context(ioctx: Any) -> ObjectContext:
-    """The object context behind a `rados.Ioctx` (or such a context itself)."""
+    """The object context behind a `rados.Ioctx`, ours or Ceph's (or such a context itself)."""
+    if foreign.is_foreign(ioctx):
+        return foreign.open_foreign(ioctx)
     found = ioctx if isinstance(ioctx, ObjectContext) else getattr(ioctx, "context", None)
     if callable(found):
         found = found()

@@ -51,6 +51,9 @@ int rbdn_ioctx_snap_remove(rbdn_ioctx *io, uint64_t snap);
 /* -EINVAL unless ids descend from seq. */
 int rbdn_ioctx_rollback(rbdn_ioctx *io, const char *oid, uint64_t snap, uint64_t seq, uint64_t *snaps, int count);
 
+/* The connection and the pool of a rados_ioctx_t that somebody else opened. */
+void *rbdn_foreign_cluster(void *io, int64_t *pool_id);
+
 /* --- names of objects, page by page */
 typedef struct rbdn_listing rbdn_listing;
 rbdn_listing *rbdn_listing_open(rbdn_ioctx *io, int *err);

@@ -215,6 +215,12 @@ int rbdn_ioctx_rollback(rbdn_ioctx *c, const char *oid, uint64_t snap, uint64_t 
     return rc;
 }
 
+void *rbdn_foreign_cluster(void *io, int64_t *pool_id)
+{
+    *pool_id = RADOS(ioctx_get_id)(io);
+    return RADOS(ioctx_get_cluster)(io);
+}
+
 /* --- names -------------------------------------------------------------------------------------------------------- */
 
 struct rbdn_listing {

@@ -79,6 +79,8 @@ struct rados_pool_stat_t {
     F(int64_t, pool_lookup, (rados_t, const char *name)) \
     F(int, pool_create, (rados_t, const char *name)) \
     F(int, pool_delete, (rados_t, const char *name)) \
+    F(rados_t, ioctx_get_cluster, (rados_ioctx_t)) \
+    F(int64_t, ioctx_get_id, (rados_ioctx_t)) \
     F(int, ioctx_pool_stat, (rados_ioctx_t, struct rados_pool_stat_t *)) \
     F(int, application_enable, (rados_ioctx_t, const char *name, int force)) \
     F(int, ioctx_selfmanaged_snap_create, (rados_ioctx_t, uint64_t *snap)) \

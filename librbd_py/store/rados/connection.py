@@ -100,30 +100,40 @@ class Connection:
     def __init__(self, options: ClusterOptions) -> None:
         load()
         self.options = options
+        error, name = ffi.new("int *"), (options.name or DEFAULT_NAME).encode()
+        handle = lib.rbdn_rados_create(options.cluster.encode(), name, error)
+        if not handle:
+            raise fail(error[0], f"librados for {options.name}")
+        self._prepare(handle)
+        try:
+            self._configure()
+            where = options.conf or "the cluster"
+            check(lib.rbdn_rados_connect(self.handle), f"{where} as {options.name}")
+            self._identify()
+        except BaseException:
+            self._shut_down()
+            raise
+        _live.add(self)
+
+    def _prepare(self, handle: Any) -> None:
         self.fenced = False
+        self.handle: Any = handle
         self._pid = os.getpid()
         self._lock = threading.Lock()  # guards the next three
         self._references = 1
         self._contexts: dict[tuple[int, str], Any] = {}
         self._ring: Any = None
-        error, name = ffi.new("int *"), (options.name or DEFAULT_NAME).encode()
-        self.handle: Any = lib.rbdn_rados_create(options.cluster.encode(), name, error)
-        if not self.handle:
-            raise fail(error[0], f"librados for {options.name}")
-        try:
-            self._configure()
-            where = options.conf or "the cluster"
-            check(lib.rbdn_rados_connect(self.handle), f"{where} as {options.name}")
-            self.fsid = self._text(lib.rbdn_rados_fsid, 64, "fsid")
-            found = addresses(self._text(lib.rbdn_rados_addresses, _MAX_ADDRESSES, "address"))
-            if not found:
-                raise OSError(errno.EPROTO, "librados gives this client no address")
-            self.client = Client(lib.rbdn_rados_instance(self.handle), found[0])
-        except BaseException:
-            handle, self.handle = self.handle, None
-            lib.rbdn_rados_shutdown(handle)
-            raise
-        _live.add(self)
+
+    def _identify(self) -> None:
+        self.fsid = self._text(lib.rbdn_rados_fsid, 64, "fsid")
+        found = addresses(self._text(lib.rbdn_rados_addresses, _MAX_ADDRESSES, "address"))
+        if not found:
+            raise OSError(errno.EPROTO, "librados gives this client no address")
+        self.client = Client(lib.rbdn_rados_instance(self.handle), found[0])
+
+    def _shut_down(self) -> None:
+        handle, self.handle = self.handle, None
+        lib.rbdn_rados_shutdown(handle)
 
     def _configure(self) -> None:
         options = self.options
@@ -173,8 +183,7 @@ class Connection:
         _live.discard(self)
         for context in contexts.values():
             lib.rbdn_ioctx_close(context)
-        handle, self.handle = self.handle, None
-        lib.rbdn_rados_shutdown(handle)
+        self._shut_down()
         if ring is not None:
             ring.close()
 
