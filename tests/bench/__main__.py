@@ -71,31 +71,23 @@ def vhost_rows(place: Place, pairs: int, seconds: float, only: str) -> list[Row]
 
 
 def nbd_rows(place: Place, pairs: int, seconds: float, only: str) -> list[Row]:
-    plan = [
-        (
-            "NBD 4 KiB randread QD32, fio",
-            "nbdkit",
-            loads.fio_nbd("randread", 32, 4096, SIZE, IMAGE, cpu=0),
-            "1.25x",
-            "1.7x",
-        ),
-        (
-            "NBD 4 KiB randwrite QD32, fio",
-            "nbdkit",
-            loads.fio_nbd("randwrite", 32, 4096, SIZE, IMAGE, cpu=0),
-            "1.25x",
-            "1.7x",
-        ),
-        ("NBD 4 KiB randread QD1, fio", "nbdkit", loads.fio_nbd("randread", 1, 4096, SIZE, IMAGE, cpu=0), "1.3x", "2x"),
-        (
-            "NBD 4 KiB randread QD32, fio",
-            "qemu-nbd",
-            loads.fio_nbd("randread", 32, 4096, SIZE, IMAGE, cpu=0),
-            "3x",
-            "5x",
-        ),
-        ("NBD 4 KiB randread QD1, fio", "qemu-nbd", loads.fio_nbd("randread", 1, 4096, SIZE, IMAGE, cpu=0), "2x", "4x"),
-        ("NBD 1 MiB read QD4, fio", "nbdkit", loads.fio_nbd("read", 4, MIB, SIZE, IMAGE, cpu=0), "1x", "1.4x"),
+    def fio(mode: str, depth: int, block: int = 4096) -> Load:
+        return loads.fio_nbd(mode, depth, block, SIZE, IMAGE, cpu=0)
+
+    def raw(mode: str, depth: int) -> Load:
+        return loads.raw_nbd(mode, depth, 4096, IMAGE, cpu=0)
+
+    plan: list[tuple[str, str, Load, str, str]] = [
+        ("NBD 4 KiB randread QD32, fio", "nbdkit", fio("randread", 32), "1.25x", "1.7x"),
+        ("NBD 4 KiB randread QD32, raw client", "nbdkit", raw("read", 32), "1.25x", "1.7x"),
+        ("NBD 4 KiB randwrite QD32, fio", "nbdkit", fio("randwrite", 32), "1.25x", "1.7x"),
+        ("NBD 4 KiB randwrite QD32, raw client", "nbdkit", raw("write", 32), "1.25x", "1.7x"),
+        ("NBD 4 KiB randread QD1, fio", "nbdkit", fio("randread", 1), "1.3x", "2x"),
+        ("NBD 4 KiB randread QD32, fio", "qemu-nbd", fio("randread", 32), "3x", "5x"),
+        ("NBD 4 KiB randread QD32, raw client", "qemu-nbd", raw("read", 32), "3x", "5x"),
+        ("NBD 4 KiB randread QD1, fio", "qemu-nbd", fio("randread", 1), "2x", "4x"),
+        ("NBD 4 KiB randread QD1, raw client", "qemu-nbd", raw("read", 1), "", ""),
+        ("NBD 1 MiB read QD4, fio", "nbdkit", fio("read", 4, MIB), "1x", "1.4x"),
     ]
     rows = []
     for name, peer, load, must, aim in plan:

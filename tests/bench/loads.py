@@ -1,4 +1,4 @@
-"""Load generators: fio's nbd engine, and `vufe`, our own vhost-user front end in C."""
+"""Load generators: fio's nbd engine, and two of our own in C: `rawnbd`, and the vhost-user front end `vufe`."""
 
 from __future__ import annotations
 
@@ -66,6 +66,31 @@ def fio_nbd(mode: str, depth: int, block: int, size: int, export: str, cpu: int 
             p99_us=percentile["99.000000"] / 1000,
             cpu_us=used / 1000 / count,
         )
+
+    return load
+
+
+def raw_nbd(mode: str, depth: int, block: int, export: str, cpu: int | None = None) -> Load:
+    """`rawnbd`, the cheapest NBD client there can be, so that the server is what is measured. `mode`: read or write, at
+    random offsets."""
+
+    def load(server: Server, seconds: float) -> Sample:
+        name = export if server.name.startswith("librbd-py") else ""
+        command = [
+            *pinned(cpu),
+            str(tool("rawnbd")),
+            str(server.socket),
+            mode,
+            str(depth),
+            str(block),
+            str(seconds),
+            name,
+        ]
+        before = server.cpu_ns()
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        used = server.cpu_ns() - before
+        result = json.loads(done.stdout)
+        return Sample(result["iops"], result["p50_us"], result["p99_us"], used / 1000 / result["requests"])
 
     return load
 

@@ -14,15 +14,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def figure(text: str) -> float:
-    """ "2.5x" -> 2.5"""
-    return float(text.rstrip("x"))
+    """ "2.5x" -> 2.5; "" for a row that has no floor -> 0"""
+    return float(text.rstrip("x") or 0)
 
 
 def line(row: Row) -> str:
     ratios = row.ratios(iops)
     ours, theirs = (statistics.median(s.iops for s in side) for side in (row.ours, row.theirs))
     cpus = [statistics.median(s.cpu_us for s in side) for side in (row.ours, row.theirs)]
-    state = "reached" if row.ratio(iops) >= figure(row.must) else "SHORT"
+    state = "" if not row.must else "reached" if row.ratio(iops) >= figure(row.must) else "SHORT"
     return (
         f"| {row.name} | {row.peer} | {ours:,.0f} / {theirs:,.0f} | **{row.ratio(iops):.2f}x** "
         f"({min(ratios):.2f}..{max(ratios):.2f}) | {row.must} / {row.aim} | {state} | "
