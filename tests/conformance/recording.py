@@ -12,7 +12,7 @@ from pathlib import Path
 import class_programs
 import op_programs
 
-from librbd_py.store import api
+from librbd_py.store import api, rados
 
 FOLDER = Path(__file__).parent / "recorded"
 CLASSES = FOLDER / "classes.txt"
@@ -44,10 +44,8 @@ def load(path: Path) -> dict[tuple[str, int], list[str]]:
 
 
 def main(conf: str) -> None:
-    from ceph_adapter import CephStore
-
     FOLDER.mkdir(exist_ok=True)
-    stores = [CephStore(conf), CephStore(conf)]
+    stores = [rados.connect(rados.ClusterOptions(conf), share=False) for _ in range(2)]
     pool = "recording"
     stores[0].pool_create(pool)
     contexts = [store.open(pool, "classes") for store in stores]

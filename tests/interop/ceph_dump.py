@@ -1,0 +1,75 @@
+"""What lies in a pool, byte for byte, with ids, pool numbers and times made alike so that two pools can be compared."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Iterable
+
+from librbd_py.store import api
+
+_LARGEST = 4096  # bytes: larger values hold no times
+_AROUND = 600  # seconds: what lies this near to now is a time
+
+
+class Dump:
+    """`images`: id -> what to call it (of the same length); `pools`: number -> number to show."""
+
+    def __init__(self, images: dict[str, str], pools: dict[int, int]) -> None:
+        self._images = images
+        self._pools = pools
+        now = int(time.time())
+        self._times = range(now - _AROUND, now + _AROUND)
+
+    def text(self, value: str) -> str:
+        for image_id, name in self._images.items():
+            value = value.replace(image_id, name)
+        for number, shown in self._pools.items():
+            value = value.replace(f"rbd_data.{number}.", f"rbd_data.{shown}.")
+        return value
+
+    def raw(self, value: bytes, *, pools: bool) -> bytes:
+        for image_id, name in self._images.items():
+            value = value.replace(image_id.encode(), name.encode())
+        for number, shown in self._pools.items():
+            value = value.replace(f"rbd_data.{number}.".encode(), f"rbd_data.{shown}.".encode())
+            if pools:
+                value = value.replace(struct.pack("<q", number), struct.pack("<q", shown))
+        if len(value) > _LARGEST:
+            return value
+        out = bytearray(value)
+        at = 0
+        while at + 8 <= len(out):
+            seconds, nanoseconds = struct.unpack_from("<II", out, at)
+            if seconds in self._times and nanoseconds < 1_000_000_000:
+                out[at : at + 8] = bytes(8)
+                at += 8
+            else:
+                at += 1
+        return bytes(out)
+
+    def of(self, io: api.ObjectContext, names: Iterable[str]) -> dict[str, object]:
+        """ "object what" -> value, of every named object that exists."""
+        found: dict[str, object] = {}
+        for oid in names:
+            try:
+                data, xattrs = io.read(oid, [api.Read(), api.GetXattrs()])
+            except FileNotFoundError:
+                continue
+            shown = self.text(oid)
+            found[f"{shown} data"] = self.raw(data, pools=False)
+            for name, value in sorted(xattrs.items()):
+                found[f"{shown} xattr {name}"] = self.raw(value, pools=False)
+            for key, value in self._rows(io, oid):
+                # Few values hold a pool's number, and others could look like one.
+                has_pool = oid == "rbd_children" or key in (b"parent", b"data_pool_id") or b"snap_children" in key
+                found[f"{shown} omap {self.raw(key, pools=oid == 'rbd_children')!r}"] = self.raw(value, pools=has_pool)
+        return found
+
+    def _rows(self, io: api.ObjectContext, oid: str) -> Iterable[tuple[bytes, bytes]]:
+        after, more = b"", True
+        while more:
+            rows, more = io.read(oid, [api.OmapGetVals(start_after=after)])[0]
+            yield from rows.items()
+            after = max(rows, default=after)
+            more = more and bool(rows)
