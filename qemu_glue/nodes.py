@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 from typing import Any
+from urllib.parse import quote
 
 from librbd_py.image.handle import ImageHandle
 from librbd_py.image.resize import resize
-from librbd_py.store import connect, default_url
+from librbd_py.store import connect, default_url, is_ceph
 from librbd_py.store.api import Store
 from qemu_glue.qmp_wire import QMPError
 
@@ -56,6 +57,9 @@ class Node:
     def open(cls, arguments: dict[str, Any], store_url: str | None) -> Node:
         """Blocks. QMPError or OSError with the reason when the store, pool or image cannot be opened."""
         url = arguments["conf"] or store_url or default_url()
+        if arguments["user"] and is_ceph(url):
+            url = f"ceph:{quote(url)}" if url.startswith("/") else url
+            url += f"{'&' if '?' in url else '?'}user={quote(arguments['user'])}"
         read_only = arguments["read-only"] or arguments["snapshot"] is not None
         store = STORES.take(url)
         try:

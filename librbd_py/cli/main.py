@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from typing import NoReturn
+from urllib.parse import quote
 
 from librbd_py.cli.registry import COMMANDS, Command
 from librbd_py.cli.session import Failure, Session
@@ -65,8 +66,9 @@ def overview() -> str:
     lines += [
         "",
         "Optional arguments:",
-        "  --store arg                         embedded:/path, a plain path or memory:name",
-        "                                      [default: $RBDPY_STORE or /var/lib/rbdpy]",
+        "  --store arg                         embedded:/path, a plain path, ceph:/path/to/ceph.conf?user=NAME",
+        "                                      or memory:name [default: $RBDPY_STORE or /var/lib/rbdpy]",
+        "  -c, --conf arg                      a Ceph cluster's configuration, as --store ceph:arg",
         "  --id arg                            client id (without 'client.' prefix)",
         "",
         "See 'rbdpy help <command>' for help on a specific command.",
@@ -165,14 +167,26 @@ def run(argv: list[str]) -> None:
     options = parser_of(command).parse_intermixed_args(rest)
     if len(options.specs) > len(command.specs) and not command.many:
         raise Failure("rbd: too many arguments")
-    options.store = found.get("store") or (f"ceph:{found['conf']}" if "conf" in found else None)
-    options.client_id = found.get("id")
+    options.store = store_of(found)
     session = Session(options)
     try:
         command.run(session)
         sys.stdout.flush()
     finally:
         session.close()
+
+
+def store_of(found: dict[str, str]) -> str | None:
+    """The store's URL, with what was said of the cluster in it: a daemon takes it as it is. None: the default."""
+    conf = found.get("conf", "")
+    store = found.get("store") or (f"ceph:{quote(conf)}" if conf else None)
+    words = {"user": found.get("id", ""), "mon_host": found.get("mon", "")}
+    words |= {option: found.get(option, "") for option in ("keyring", "keyfile")}
+    said = "&".join(f"{option}={quote(value, safe='/:,')}" for option, value in words.items() if value)
+    url = store or os.environ.get("RBDPY_STORE", "")
+    if said and url.partition("?")[0].partition(":")[0] == "ceph":
+        return url + ("&" if "?" in url else "?") + said
+    return store
 
 
 def main(argv: list[str] | None = None) -> int:

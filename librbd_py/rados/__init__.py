@@ -339,7 +339,10 @@ class Rados:
             options.pop(STORE_OPTION, None)
         conf = self._conffile if self._conffile or "mon_host" not in self._conf else ""
         return ClusterOptions(
-            conf, self.name if self._named else None, tuple(sorted(options.items())), self.clustername or "ceph"
+            conf,
+            self.name if self._named else None,
+            hints=tuple(sorted(options.items())),
+            cluster=self.clustername or "ceph",
         )
 
     def shutdown(self) -> None:

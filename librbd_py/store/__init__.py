@@ -21,18 +21,20 @@ def default_url() -> str:
 
 
 def is_ceph(url: str) -> bool:
-    """Whether the URL means a Ceph cluster."""
+    """Whether the URL means a Ceph cluster: `ceph...`, or a plain path to a file, which is its configuration (a folder
+    would be an embedded store)."""
     kind = url.partition("?")[0].partition(":")[0]
-    return kind in ("ceph", "rados")
+    return kind in ("ceph", "rados") or ("/" in kind and os.path.isfile(url))
 
 
 def connect(url: str | None = None, ceph: ClusterOptions | None = None) -> Store:
     """A connection; close it. On Ceph all that mean the same cluster and user are one client, else each is its own.
 
-    `embedded:/path` or a plain path: the store in that folder (made when missing). `ceph[:CONF][?user=NAME]`: a Ceph
-    cluster, as CONF (else $CEPH_CONF, else /etc/ceph/ceph.conf) says; what the URL leaves open comes from `ceph`.
-    `memory:NAME`: a cluster inside this process, for tests. None: $RBDPY_STORE, else /var/lib/rbdpy. EINVAL for
-    anything else, ENOPKG for Ceph without librados.
+    `embedded:/path` or a plain path: the store in that folder (made when missing). `ceph[:CONF][?user=NAME]`, or a
+    plain path to a file: a Ceph cluster, as CONF (else $CEPH_CONF, else /etc/ceph/ceph.conf) says; other options of
+    Ceph's may follow as `&OPTION=VALUE`; what the URL leaves open comes from `ceph`. `memory:NAME`: a cluster inside
+    this process, for tests. None: $RBDPY_STORE, else /var/lib/rbdpy. EINVAL for anything else, ENOPKG for Ceph without
+    librados.
     """
     if url is None:
         url = default_url()
@@ -45,7 +47,7 @@ def connect(url: str | None = None, ceph: ClusterOptions | None = None) -> Store
     if is_ceph(url):
         from . import rados
 
-        return rados.connect(rados.parse_url(url, ceph))
+        return rados.connect(rados.parse_url(rados.make_url(url) if os.path.isfile(url) else url, ceph))
     path = rest if colon and kind == "embedded" else url
     if not path or (colon and kind != "embedded" and "/" not in kind):
         raise OSError(

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .connection import ClusterOptions
-from .store import RadosStore, connect, parse_url
+from .store import RadosStore, connect, make_url, parse_url
 
-__all__ = ["ClusterOptions", "RadosStore", "connect", "parse_url"]
+__all__ = ["ClusterOptions", "RadosStore", "connect", "make_url", "parse_url"]

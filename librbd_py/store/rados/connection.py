@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from librbd_py.native import ffi, lib
@@ -49,12 +49,13 @@ def load() -> None:
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """What makes two connections the same. Precedence as in Ceph's own tools: the file, then $CEPH_ARGS, then
-    `options`."""
+    """What makes two connections the same. Precedence as in Ceph's own tools: the file, then $CEPH_ARGS, then `hints`
+    and `options`."""
 
     conf: str | None = None  # a file; None: $CEPH_CONF, else the usual places. "": none is read
     name: str | None = None  # "client.admin"; None: from $CEPH_ARGS (--id, --name), else that
     options: tuple[tuple[str, str], ...] = ()
+    hints: tuple[tuple[str, str], ...] = ()  # options too, but none of Ceph's is needed: a program may have its own
     cluster: str = "ceph"  # its name, which default paths contain
 
     def resolved(self) -> ClusterOptions:
@@ -64,7 +65,7 @@ class ClusterOptions:
             conf = os.environ["CEPH_CONF"]
         if conf:
             conf = os.path.abspath(conf)
-        return ClusterOptions(conf, self.name or _name_from_environment(), self.options, self.cluster)
+        return replace(self, conf=conf, name=self.name or _name_from_environment())
 
 
 def entity(user: str) -> str:
@@ -144,10 +145,18 @@ class Connection:
                 raise OSError(errno.ENOENT, "there is no ceph.conf: name one, as in ceph:/etc/ceph/ceph.conf")
             check(result, f"configuration {options.conf or 'of Ceph'}")
         check(lib.rbdn_rados_conf_env(self.handle, ffi.NULL), "CEPH_ARGS")
+        for option, value in options.hints:
+            self._set(option, value, missing=True)
         for option, value in options.options:
-            result = lib.rbdn_rados_conf_set(self.handle, option.encode(), value.encode())
-            if result != -errno.ENOENT:  # not an option of Ceph's: one of ours
-                check(result, f"option {option}={value}")
+            self._set(option, value, missing=False)
+
+    def _set(self, option: str, value: str, *, missing: bool) -> None:
+        result = lib.rbdn_rados_conf_set(self.handle, option.encode(), value.encode())
+        if result == -errno.ENOENT:
+            if missing:
+                return
+            raise OSError(errno.EINVAL, f"Ceph has no option {option!r}")
+        check(result, f"option {option}={value}")
 
     def _text(self, call: Any, size: int, what: str) -> str:
         buffer = ffi.new("char[]", size)

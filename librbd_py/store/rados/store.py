@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import quote, unquote
 
 from librbd_py.format.lock import EntityAddress
 from librbd_py.native import ffi, lib
@@ -27,20 +28,30 @@ _APPLICATION = "rbd"
 
 
 def parse_url(url: str, base: ClusterOptions | None = None) -> ClusterOptions:
-    """`ceph[:CONF][?user=NAME]`; what it does not say comes from `base`. EINVAL."""
+    """`ceph[:CONF][?user=NAME&OPTION=VALUE...]`, percent-encoded where needed; OPTION is any of Ceph's, as `keyring`.
+    What the URL does not say comes from `base`. EINVAL."""
     base = base or ClusterOptions()
-    where, question, query = url.partition("?")
+    where, _, query = url.partition("?")
     kind, _, conf = where.partition(":")
     if kind not in ("ceph", "rados"):
         raise OSError(errno.EINVAL, f"{url!r} names no Ceph cluster; use ceph:/etc/ceph/ceph.conf?user=admin")
-    name = base.name
-    for option, value in parse_qsl(query, keep_blank_values=True):
-        if option != "user" or not value:
-            raise OSError(errno.EINVAL, f"{url!r}: only ?user=NAME is possible, not {option}={value}")
-        name = entity(value)
-    if question and not query:
-        raise OSError(errno.EINVAL, f"{url!r}: nothing after the question mark")
-    return ClusterOptions(conf or base.conf, name, base.options, base.cluster)
+    name, options = base.name, dict(base.options)
+    for part in query.split("&") if query else []:
+        option, equals, value = part.partition("=")
+        value = unquote(value)
+        if not option or not equals or not value:
+            raise OSError(errno.EINVAL, f"{url!r}: {part!r} is not OPTION=VALUE")
+        if option == "user":
+            name = entity(value)
+        else:
+            options[option] = value
+    return replace(base, conf=unquote(conf) or base.conf, name=name, options=tuple(sorted(options.items())))
+
+
+def make_url(conf: str = "", **options: str) -> str:
+    """What parse_url() reads; empty values are left out."""
+    words = [f"{option}={quote(value, safe='/:,')}" for option, value in options.items() if value]
+    return "ceph" + (":" + quote(conf) if conf else "") + ("?" + "&".join(words) if words else "")
 
 
 def connect(options: ClusterOptions, *, share: bool = True) -> RadosStore:
