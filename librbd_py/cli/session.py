@@ -114,10 +114,17 @@ class Session:
         except rados.ObjectNotFound as error:
             raise Failure(f"rbd: error opening pool '{spec.pool}': {reason(error)}", 2) from None
         if spec.namespace:
-            if not rbd.RBD().namespace_exists(ioctx, spec.namespace):
+            if not self._namespace_exists(ioctx, spec.namespace):
                 raise Failure(f"rbd: namespace '{spec.namespace}' does not exist.", 2)
             ioctx.set_namespace(spec.namespace)
         return ioctx
+
+    def _namespace_exists(self, ioctx: rados.Ioctx, namespace: str) -> bool:
+        with failing(f"error verifying namespace '{namespace}'"):
+            try:
+                return rbd.RBD().namespace_exists(ioctx, namespace)
+            except rbd.PermissionError:
+                return True  # a user confined to a namespace may not ask which there are
 
     @contextmanager
     def image(self, spec: Spec, *, read_only: bool = False, snap: bool = True) -> Iterator[Any]:
