@@ -17,8 +17,8 @@ struct rbdn_oplist {
     _Atomic int refs; /* Python's, and librados' while in flight */
     rados_write_op_t write;
     rados_read_op_t read;
-    rados_ioctx_t io;
-    rados_completion_t completion; /* of what was sent */
+    rados_ioctx_t io;              /* NULL: not sent */
+    rados_completion_t completion; /* of what was sent, or tried to */
     rbdn_out *first, **last;
     pthread_mutex_t lock;          /* guards all below */
     pthread_cond_t ended;
@@ -289,8 +289,10 @@ static void completed(rados_completion_t completion, void *arg)
 /* What librados answered to the submission: < 0, there will be no callback. */
 static int sent(rbdn_oplist *l, int rc)
 {
-    if (rc < 0)
+    if (rc < 0) {
+        l->io = NULL;
         put(l); /* the one for the callback */
+    }
     return rc;
 }
 

@@ -89,7 +89,7 @@ static void on_notify(void *arg, uint64_t notify_id, uint64_t cookie, uint64_t n
     rbdn_watch *w = arg;
     rbdn_watch_ring *e = w->events;
     void *copy = len <= RBDN_PAYLOAD_MAX ? malloc(len ? len : 1) : NULL;
-    if (copy)
+    if (copy && len)
         memcpy(copy, data, len);
     pthread_mutex_lock(&e->lock);
     if (w->error) {
@@ -122,7 +122,7 @@ int rbdn_watch_ring_next(rbdn_watch_ring *e, rbdn_watch_event *out, void *payloa
     if (e->count) {
         struct entry *entry = &e->ring[e->first % RING];
         *out = entry->event;
-        memcpy(payload, entry->payload, entry->event.len);
+        memcpy(payload, entry->payload, entry->event.len); /* never NULL, of 0 bytes too */
         free(entry->payload);
         e->bytes -= entry->event.len;
         e->first = (e->first + 1) % RING;
