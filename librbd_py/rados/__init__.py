@@ -11,7 +11,6 @@ from __future__ import annotations
 import builtins
 import configparser
 import errno
-import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from typing import Any
 from librbd_py import errors
 from librbd_py import store as stores
 from librbd_py.errors import MAX_ERRNO, rados_errors
+from librbd_py.rados.commands import Commands
 from librbd_py.rados.ioctx import LIBRADOS_SNAP_HEAD, Ioctx
 from librbd_py.rados.objects import LIBRADOS_ALL_NSPACES, Object, ObjectIterator, Snap, SnapIterator, Watch
 from librbd_py.rados.ops import (
@@ -179,7 +179,7 @@ class Version:
         return f"{self.major}.{self.minor}.{self.extra}"
 
 
-class Rados:
+class Rados(Commands):
     """A connection to a store. States: configuring, connected, shutdown.
 
     `store` is the store itself, for `librbd_py.rbd` and the tools.
@@ -366,6 +366,8 @@ class Rados:
     def get_cluster_stats(self) -> dict[str, int]:
         store = self.store
         with rados_errors("get_stats failed"):
+            if isinstance(store, RadosStore):
+                return store.cluster_stats()
             stats = [store.pool_stats(pool.pool_id) for pool in store.pools()]
         used = (sum(s.num_bytes for s in stats) + 1023) // 1024
         available = 0
@@ -381,8 +383,11 @@ class Rados:
         }
 
     def wait_for_latest_osdmap(self) -> int:
-        """0: what this client did to the cluster is seen at once."""
-        self.require_state("connected")
+        """0. Elsewhere than on Ceph what this client did to the cluster is seen at once."""
+        store = self.store
+        if isinstance(store, RadosStore):
+            with rados_errors("wait_for_latest_osdmap"):
+                store.latest_map()
         return 0
 
     def blocklist_add(self, client_address: str, expire_seconds: int = 0) -> None:
@@ -442,36 +447,7 @@ class Rados:
         self.require_state("connected")
         return Ioctx(self, str(pool_id), int(pool_id))
 
-    # --- what needs a Ceph cluster ---------------------------------------------------------------------------------
-
-    def mon_command(
-        self, cmd: str, inbuf: bytes, timeout: int = 0, target: str | int | None = None
-    ) -> tuple[int, bytes, str]:
-        """(result, output, message). There is no monitor: -EOPNOTSUPP for everything but `fsid` and `osd pool ls`."""
-        store = self.store
-        try:
-            prefix = json.loads(text(cmd, "cmd")).get("prefix")
-        except (ValueError, AttributeError):
-            return -errno.EINVAL, b"", "the command is not a JSON object"
-        if prefix == "fsid":
-            return 0, f"{store.fsid}\n".encode(), ""
-        if prefix == "osd pool ls":
-            return 0, "".join(f"{name}\n" for name in self.list_pools()).encode(), ""
-        return -errno.EOPNOTSUPP, b"", "this store has no monitors"
-
-    def osd_command(self, osdid: int, cmd: str, inbuf: bytes, timeout: int = 0) -> tuple[int, bytes, str]:
-        self.require_state("connected")
-        return -errno.EOPNOTSUPP, b"", "this store has no OSDs"
-
-    def mgr_command(
-        self, cmd: str, inbuf: bytes, timeout: int = 0, target: str | None = None
-    ) -> tuple[int, bytes, str]:
-        self.require_state("connected")
-        return -errno.EOPNOTSUPP, b"", "this store has no managers"
-
-    def pg_command(self, pgid: str, cmd: str, inbuf: bytes, timeout: int = 0) -> tuple[int, bytes, str]:
-        self.require_state("connected")
-        return -errno.EOPNOTSUPP, b"", "this store has no placement groups"
+    # --- of no use to images ---------------------------------------------------------------------------------------
 
     def ping_monitor(self, mon_id: str) -> str:
         raise unsupported("ping_monitor")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from librbd_py.rados.ops import (
     unsupported,
 )
 from librbd_py.store import api
+from librbd_py.store.rados import RadosStore
 
 if TYPE_CHECKING:
     from librbd_py.rados import Rados
@@ -242,32 +244,52 @@ class Ioctx(AioOperations):
             "num_rd_kb": 0,
             "num_wr": 0,
             "num_wr_kb": 0,
+            **stats.counters,
         }
 
     def alignment(self) -> int | None:
         """None: appends need no alignment."""
         return None
 
+    def _application(self, command: str, what: str, **words: str) -> Any:
+        """A command to the monitors about this pool's applications; None on stores without monitors."""
+        store = self.rados.store
+        if not isinstance(store, RadosStore):
+            return None
+        with rados_errors(what):
+            prefix = {"prefix": f"osd pool application {command}", "pool": self.get_pool_name(), "format": "json"}
+            output = store.mon_command(prefix | words)
+        return json.loads(output) if output.strip() else {}
+
     def application_enable(self, app_name: str, force: bool = False) -> None:
-        """Every pool is for "rbd"; anything else is refused (EOPNOTSUPP)."""
-        if text(app_name, "app_name") != "rbd":
+        """Elsewhere than on Ceph every pool is for "rbd"; anything else is refused (EOPNOTSUPP)."""
+        words = {"app": text(app_name, "app_name")} | ({"yes_i_really_mean_it": "true"} if force else {})
+        done = self._application("enable", "error enabling application", **words)
+        if done is None and app_name != "rbd":
             raise unsupported("error enabling application")
 
     def application_list(self) -> list[str]:
-        return ["rbd"]
+        found = self._application("get", "error listing applications")
+        return ["rbd"] if found is None else list(found)
 
     def application_metadata_get(self, app_name: str, key: str) -> str:
-        """KeyError: nothing is kept."""
+        """KeyError: there is no such key."""
+        for name, value in self.application_metadata_list(app_name):
+            if name == key:
+                return value
         raise KeyError(f"no metadata {key} for application {app_name}")
 
     def application_metadata_set(self, app_name: str, key: str, value: str) -> None:
-        raise unsupported("error setting application metadata")
+        if self._application("set", "error setting application metadata", app=app_name, key=key, value=value) is None:
+            raise unsupported("error setting application metadata")
 
     def application_metadata_remove(self, app_name: str, key: str) -> None:
-        raise unsupported("error removing application metadata")
+        if self._application("rm", "error removing application metadata", app=app_name, key=key) is None:
+            raise unsupported("error removing application metadata")
 
     def application_metadata_list(self, app_name: str) -> list[tuple[str, str]]:
-        return []
+        found = self._application("get", "error listing application metadata") or {}
+        return sorted(found.get(app_name, {}).items())
 
     # --- snapshots -------------------------------------------------------------------------------------------------
 

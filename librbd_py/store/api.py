@@ -406,6 +406,7 @@ class PoolInfo:
 class PoolStats:
     num_bytes: int
     num_objects: int
+    counters: Mapping[str, int] = field(default_factory=dict)  # what else the store counts, by librados' names
 
 
 class Store(ABC):

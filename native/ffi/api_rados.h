@@ -23,6 +23,7 @@ int rbdn_rados_fsid(void *cluster, char *buf, size_t len);
 int rbdn_rados_addresses(void *cluster, char *buf, size_t len); /* -ENAMETOOLONG */
 uint64_t rbdn_rados_instance(void *cluster);
 int rbdn_rados_latest_map(void *cluster);
+int rbdn_rados_stat(void *cluster, uint64_t *out); /* KiB in all, used, available; objects */
 
 enum rbdn_rados_target { RBDN_TO_MON, RBDN_TO_MGR, RBDN_TO_OSD, RBDN_TO_PG };
 typedef struct {
@@ -44,7 +45,9 @@ int rbdn_rados_pool_delete(void *cluster, const char *name);
 typedef struct rbdn_ioctx rbdn_ioctx;
 rbdn_ioctx *rbdn_ioctx_open(void *cluster, int64_t pool_id, const char *name_space, int *err);
 void rbdn_ioctx_close(rbdn_ioctx *io);
-int rbdn_ioctx_stat(rbdn_ioctx *io, uint64_t *bytes, uint64_t *objects);
+/* Bytes, KiB, objects, clones, copies, objects missing on their primary, unfound, degraded, reads, KiB read, writes, KiB
+ * written: 12 numbers, as the manager last counted. */
+int rbdn_ioctx_stat(rbdn_ioctx *io, uint64_t *out);
 int rbdn_ioctx_application(rbdn_ioctx *io, const char *name, int force);
 int rbdn_ioctx_snap_create(rbdn_ioctx *io, uint64_t *snap);
 int rbdn_ioctx_snap_remove(rbdn_ioctx *io, uint64_t snap);

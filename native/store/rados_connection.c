@@ -83,6 +83,15 @@ int rbdn_rados_latest_map(void *cluster)
     return RADOS(wait_for_latest_osdmap)(cluster);
 }
 
+int rbdn_rados_stat(void *cluster, uint64_t *out)
+{
+    struct rados_cluster_stat_t found;
+    int rc = RADOS(cluster_stat)(cluster, &found);
+    if (rc >= 0)
+        memcpy(out, &found, sizeof found);
+    return rc;
+}
+
 int rbdn_rados_command(void *cluster, int target, const char *where, const char *command, const void *in, size_t len,
                        rbdn_rados_reply *reply)
 {
@@ -175,15 +184,13 @@ void rbdn_ioctx_close(rbdn_ioctx *c)
     free(c);
 }
 
-int rbdn_ioctx_stat(rbdn_ioctx *c, uint64_t *bytes, uint64_t *objects)
+int rbdn_ioctx_stat(rbdn_ioctx *c, uint64_t *out)
 {
     struct rados_pool_stat_t found;
     int rc = RADOS(ioctx_pool_stat)(c->io, &found);
-    if (rc < 0)
-        return rc;
-    *bytes = found.num_bytes;
-    *objects = found.num_objects;
-    return 0;
+    if (rc >= 0)
+        memcpy(out, found.numbers, 12 * sizeof *out);
+    return rc;
 }
 
 int rbdn_ioctx_application(rbdn_ioctx *c, const char *name, int force)

@@ -18,8 +18,12 @@ typedef void (*rados_callback_t)(rados_completion_t, void *);
 typedef void (*rados_watchcb2_t)(void *arg, uint64_t notify_id, uint64_t cookie, uint64_t notifier, void *data, size_t len);
 typedef void (*rados_watcherrcb_t)(void *arg, uint64_t cookie, int err);
 
+struct rados_cluster_stat_t {
+    uint64_t kb, kb_used, kb_avail, num_objects;
+};
+
 struct rados_pool_stat_t {
-    uint64_t num_bytes, num_kb, num_objects, others[13];
+    uint64_t numbers[16]; /* bytes, kb, objects, clones, copies, missing on primary, unfound, degraded, rd, rd_kb, ... */
 };
 
 #define LIBRADOS_CREATE_IDEMPOTENT 0
@@ -67,6 +71,7 @@ struct rados_pool_stat_t {
     F(int, connect, (rados_t)) \
     F(void, shutdown, (rados_t)) \
     F(int, cluster_fsid, (rados_t, char *buf, size_t len)) \
+    F(int, cluster_stat, (rados_t, struct rados_cluster_stat_t *)) \
     F(int, getaddrs, (rados_t, char **addrs)) \
     F(uint64_t, get_instance_id, (rados_t)) \
     F(int, wait_for_latest_osdmap, (rados_t)) \

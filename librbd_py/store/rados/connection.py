@@ -173,7 +173,7 @@ class Connection:
 
     def acquire(self) -> None:
         """ENOTCONN when it is shut down, EBADFD after a fork."""
-        if os.getpid() != self._pid:
+        if self.of_parent:
             raise OSError(errno.EBADFD, "this connection was made before a fork: the child must connect itself")
         with self._lock:
             if self._references == 0:
@@ -181,7 +181,7 @@ class Connection:
             self._references += 1
 
     def release(self) -> None:
-        if os.getpid() != self._pid:
+        if self.of_parent:
             return
         with self._lock:
             self._references -= 1
@@ -210,9 +210,14 @@ class Connection:
             self.release()
 
     @property
+    def of_parent(self) -> bool:
+        """It came through a fork: nothing of it may be touched."""
+        return os.getpid() != self._pid
+
+    @property
     def shareable(self) -> bool:
         """A new user of the cluster may have it too."""
-        return not self.fenced and self._references > 0 and os.getpid() == self._pid
+        return not self.fenced and self._references > 0 and not self.of_parent
 
     # --- what hangs on it
 
@@ -238,6 +243,11 @@ class Connection:
             if self._ring is None:
                 self._ring = make()
             return self._ring
+
+    def in_callback(self) -> bool:
+        """The calling thread is the one that runs callbacks of watches."""
+        with self._lock:
+            return self._ring is not None and self._ring.is_current
 
     # --- commands
 
@@ -290,3 +300,16 @@ def shared(options: ClusterOptions) -> Connection:
         with _shared_lock:
             _shared[options] = made
         return made
+
+
+def _after_fork() -> None:
+    """Locks that other threads of the parent held would never be free."""
+    global _shared_lock
+    _shared_lock = threading.Lock()
+    _turns.clear()
+    _abandoned.extend(_shared.values())
+    _shared.clear()
+
+
+_abandoned: list[Connection] = []  # connections of a parent process: never touched, never collected
+os.register_at_fork(after_in_child=_after_fork)

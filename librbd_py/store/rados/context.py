@@ -132,6 +132,8 @@ class RadosContext(api.ObjectContext):
     def notify(self, oid: str, payload: bytes, timeout_ms: int = 5000) -> NotifyReply:
         check_name(oid, self.namespace)
         with self.store.using():
+            if self.store.connection.in_callback():
+                raise OSError(errno.EDEADLK, "a watch callback must not wait for a notify")
             out, error = ffi.new("rbdn_out **"), ffi.new("int *")
             sent = lib.rbdn_notify_send(
                 self.io, oid.encode(), bytes(payload), len(payload), max(timeout_ms, 1), out, error

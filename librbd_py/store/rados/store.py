@@ -25,6 +25,23 @@ from .context import RadosContext
 from .watches import RadosWatch
 
 _APPLICATION = "rbd"
+_COUNTERS = (
+    "num_bytes",
+    "num_kb",
+    "num_objects",
+    "num_object_clones",
+    "num_object_copies",
+    "num_objects_missing_on_primary",
+    "num_objects_unfound",
+    "num_objects_degraded",
+    "num_rd",
+    "num_rd_kb",
+    "num_wr",
+    "num_wr_kb",
+)
+
+
+_TARGETS = {"mon": lib.RBDN_TO_MON, "mgr": lib.RBDN_TO_MGR, "osd": lib.RBDN_TO_OSD, "pg": lib.RBDN_TO_PG}
 
 
 def parse_url(url: str, base: ClusterOptions | None = None) -> ClusterOptions:
@@ -97,6 +114,8 @@ class RadosStore(api.Store):
             self._watches.discard(watch)
 
     def close(self) -> None:
+        if self.connection.of_parent:
+            return
         with self._lock:
             if self._closed:
                 return
@@ -151,9 +170,22 @@ class RadosStore(api.Store):
     def pool_stats(self, pool_id: int) -> PoolStats:
         """As the manager last counted: some seconds old."""
         with self.using():
-            size, count = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-            check(lib.rbdn_ioctx_stat(self.connection.context(pool_id, ""), size, count), f"pool {pool_id}")
-            return PoolStats(size[0], count[0])
+            numbers = ffi.new("uint64_t[]", len(_COUNTERS))
+            check(lib.rbdn_ioctx_stat(self.connection.context(pool_id, ""), numbers), f"pool {pool_id}")
+            counters = dict(zip(_COUNTERS, ffi.unpack(numbers, len(_COUNTERS)), strict=True))
+            return PoolStats(counters["num_bytes"], counters["num_objects"], counters)
+
+    def cluster_stats(self) -> dict[str, int]:
+        """`kb`, `kb_used`, `kb_avail`, `num_objects`."""
+        with self.using():
+            numbers = ffi.new("uint64_t[]", 4)
+            check(lib.rbdn_rados_stat(self.connection.handle, numbers), "statistics")
+            return dict(zip(("kb", "kb_used", "kb_avail", "num_objects"), ffi.unpack(numbers, 4), strict=True))
+
+    def latest_map(self) -> None:
+        """Waits until this client knows what the monitors know."""
+        with self.using():
+            check(lib.rbdn_rados_latest_map(self.connection.handle), "map of the OSDs")
 
     def open(self, pool: str | int, namespace: str = "") -> RadosContext:
         check_name("x", namespace)
@@ -169,8 +201,7 @@ class RadosStore(api.Store):
         if seconds > 0:
             words["expire"] = float(seconds)
         self._blocklist("osd blocklist", words)
-        with self.using():
-            check(lib.rbdn_rados_latest_map(self.connection.handle), "map of the OSDs")
+        self.latest_map()
 
     def blocklist_remove(self, address: str) -> None:
         self._blocklist("osd blocklist", {"blocklistop": "rm", "addr": _canonical(address)})
@@ -191,9 +222,15 @@ class RadosStore(api.Store):
         old = {"blacklistop" if word == "blocklistop" else word: value for word, value in words.items()}
         return self.mon_command({"prefix": prefix.replace("blocklist", "blacklist"), **old})
 
+    def command(self, kind: str, where: str, text: str, data: bytes = b"") -> tuple[int, bytes, str]:
+        """(0 or -errno, output, message) of a command in JSON to a "mon", "mgr", "osd" or "pg"; `where`: which of the
+        last two."""
+        with self.using():
+            return self.connection.command(_TARGETS[kind], where, text, data)
+
     def mon_command(self, words: dict[str, Any]) -> bytes:
-        """What a monitor answers to a command in JSON; OSError with its errno and words."""
-        result, output, status = self.connection.command(lib.RBDN_TO_MON, "", json.dumps(words))
+        """What a monitor answers to a command; OSError with its errno and words."""
+        result, output, status = self.command("mon", "", json.dumps(words))
         if result < 0:
             raise OSError(-result, f"{words.get('prefix')}: {status.strip() or os.strerror(-result)}")
         return output

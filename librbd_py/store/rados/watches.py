@@ -50,7 +50,7 @@ class WatchRing:
         """Afterwards its callbacks do not run, unless we are in one."""
         with self._idle:
             self._watches.pop(token, None)
-            if threading.current_thread() is not self._thread:
+            if not self.is_current:
                 self._idle.wait_for(lambda: self._running != token)
 
     def _run(self) -> None:
@@ -91,10 +91,15 @@ class WatchRing:
                 self._running = None
                 self._idle.notify_all()
 
+    @property
+    def is_current(self) -> bool:
+        """We are in a callback."""
+        return threading.current_thread() is self._thread
+
     def close(self) -> None:
         """No watch is left. The thread frees the ring; on that thread itself nothing is waited for."""
         os.eventfd_write(self._stop, 1)
-        if threading.current_thread() is not self._thread:
+        if not self.is_current:
             self._thread.join()
 
 
@@ -157,6 +162,8 @@ class RadosWatch(api.Watch):
                 return check(result, f"the watch on {self._oid}") / 1000
 
     def close(self) -> None:
+        if self._connection.of_parent:
+            return
         with self._lock:
             if self._closed:
                 return
