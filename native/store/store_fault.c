@@ -12,8 +12,9 @@
  *           | pending=1  answers from another thread
  *
  * At most one of nth, every, after (none: always), and at least one of errno, delay_ms, pending. The first rule that
- * matches decides. "read:every=7:errno=5;flush:nth=3:errno=28". An operation submitted with STORE_NOWAIT that a rule
- * without `pending` might concern is refused with -EAGAIN uncounted, so that each operation counts once.
+ * matches decides. "read:every=7:errno=5;flush:nth=3:errno=28". An operation submitted with STORE_NOWAIT that any rule
+ * concerns is refused with -EAGAIN uncounted, for it comes again: so each operation counts once. The exception is a rule
+ * that always answers from another thread: it has nothing to count and does not block.
  */
 #include <errno.h>
 #include <pthread.h>
@@ -154,7 +155,7 @@ static int64_t fault_submit(struct store *s, struct store_op *op)
         struct rule *rule = &f->rules[i];
         if (rule->op != ANY && rule->op != op->type)
             continue;
-        if ((op->flags & STORE_NOWAIT) && !rule->pending) {
+        if ((op->flags & STORE_NOWAIT) && !(rule->pending && rule->when == ALWAYS)) {
             r = -EAGAIN;
             break;
         }

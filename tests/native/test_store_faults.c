@@ -318,6 +318,73 @@ static void fault_store_does_as_told(void)
     CHECK(!rbdn_null_open(11, &err) && err == -EINVAL);
 }
 
+/* As the engine does: at first STORE_NOWAIT, and once more without when that is refused. */
+static int64_t as_the_engine(struct store *s, struct store_op *op)
+{
+    answered = 0;
+    op->flags = STORE_NOWAIT;
+    int64_t r = store_submit(s, op);
+    if (r == -EAGAIN) {
+        op->flags = 0;
+        r = store_submit(s, op);
+    }
+    if (r != STORE_PENDING)
+        return r;
+    while (!answered)
+        nanosleep(&(struct timespec){0, 100000}, NULL);
+    return op->result;
+}
+
+static int64_t cold_reads; /* a store that refuses to block first */
+
+static int64_t cold_submit(struct store *s, struct store_op *op)
+{
+    if (op->flags & STORE_NOWAIT)
+        return -EAGAIN;
+    cold_reads++;
+    return (int64_t)op->len;
+}
+
+static void cold_close(struct store *s)
+{
+}
+
+/* Operations that come twice, because they may block, count once: whichever store refuses, whatever the rules. */
+static void fault_store_counts_once(void)
+{
+    static const struct store_ops cold_ops = {.name = "cold", .submit = cold_submit, .close = cold_close};
+    static const struct {
+        const char *spec;
+        int errors[6];
+    } cases[] = {
+        {"read:nth=3:errno=5:pending=1", {0, 0, EIO, 0, 0, 0}},
+        {"read:every=2:errno=5:pending=1", {0, EIO, 0, EIO, 0, EIO}},
+        {"read:after=4:errno=5:pending=1", {0, 0, 0, 0, EIO, EIO}},
+        {"read:nth=2:errno=28:pending=1;read:nth=2:errno=5", {0, ENOSPC, EIO, 0, 0, 0}},
+        {"any:nth=2:errno=5;read:pending=1", {0, EIO, 0, 0, 0, 0}},
+        {"read:pending=1;read:nth=1:errno=5", {0, 0, 0, 0, 0, 0}},
+        {"write:nth=1:errno=5:pending=1;read:every=3:errno=5", {0, 0, EIO, 0, 0, EIO}},
+    };
+    struct store cold = {.ops = &cold_ops};
+    for (size_t n = 0; n < sizeof cases / sizeof cases[0]; n++) {
+        int err;
+        rbdn_store *s = rbdn_fault_open(&cold, cases[n].spec, &err);
+        CHECK(s, "%s: %d", cases[n].spec, err);
+        int64_t before = cold_reads;
+        int failed = 0;
+        for (int i = 0; i < 6; i++) {
+            struct iovec v = {got, 512};
+            struct store_op op = {.type = STORE_READ, .len = 512, .iov = &v, .iovcnt = 1, .snap_id = STORE_NOSNAP,
+                                  .done = on_done};
+            int64_t r = as_the_engine(s, &op);
+            CHECK(r == (cases[n].errors[i] ? -cases[n].errors[i] : 512), "%s, read %d: %d", cases[n].spec, i + 1, (int)r);
+            failed += r < 0;
+        }
+        EQ(cold_reads - before, 6 - failed);
+        rbdn_store_close(s);
+    }
+}
+
 int main(void)
 {
     test_folder(NULL);
@@ -327,6 +394,7 @@ int main(void)
     dirty_mark_is_durable_first();
     planted_damage_is_repaired();
     fault_store_does_as_told();
+    fault_store_counts_once();
     puts("store faults: ok");
     return 0;
 }
