@@ -1,11 +1,12 @@
-"""Ceph's own `rados` and `rbd` modules in a process of /usr/bin/python3, driven by JSON lines:
-[name of a Program's method] -> {"result": ...} or {"error": [class, errno, text]}.
+"""Ceph's own `rados` and `rbd` modules in a process of /usr/bin/python3, driven by JSON lines: [name of a Program's
+method] or ["ask", expression] -> {"result": ...} or {"error": [class, errno, text]}.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import site
 import subprocess
 import sys
@@ -21,18 +22,31 @@ class Peer:
         ours = [str(Path(__file__).parents[2]), *site.getsitepackages()]
         environment = {**os.environ, "RBDPY_PEER_PATH": json.dumps(ours)}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
         )
 
-    def call(self, method: str) -> Any:
+    def ask(self, expression: str) -> Any:
+        """The value of an expression there; it sees `rados`, `rbd`, `program`, `io`, `open` (name -> image, kept)."""
+        return self.call("ask", expression)
+
+    def call(self, method: str, *arguments: str) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps([method]) + "\n")
+        self._process.stdin.write(json.dumps([method, *arguments]) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         assert line, f"Ceph's side ended in {method} with {self._process.wait()}"
         answer = json.loads(line)
         assert "error" not in answer, f"Ceph's side: {method}: {answer['error']}"
         return answer["result"]
+
+    def kill(self) -> None:
+        """As a host that loses its power."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        # `timeout` leads a process group of its own.
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -73,14 +87,29 @@ def main(conf: str, pool: str, data_pool: str) -> None:
     from ceph_program import Program
 
     program = Program((rados, rbd), conf, pool, data_pool)
+    images: dict[str, Any] = {}
+
+    def opened(name: str) -> Any:
+        if name not in images:
+            images[name] = program.image(name)
+        return images[name]
+
+    known = {"rados": rados, "rbd": rbd, "program": program, "io": program.io, "open": opened, "images": images}
+    others = {"use_our_rbd": lambda: use_our_rbd(program), "ask": lambda expression: _plain(eval(expression, known))}
     for line in sys.stdin:
-        (method,) = json.loads(line)
+        method, *arguments = json.loads(line)
         try:
-            answer = {"result": use_our_rbd(program) if method == "use_our_rbd" else getattr(program, method)()}
+            answer: dict[str, Any] = {"result": (others.get(method) or getattr(program, method))(*arguments)}
         except Exception as failure:
             answer = {"error": [type(failure).__name__, getattr(failure, "errno", None), str(failure)]}
         print(json.dumps(answer), flush=True)
+    for image in images.values():
+        image.close()
     program.close()
+
+
+def _plain(value: Any) -> Any:
+    return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
 if __name__ == "__main__":
