@@ -1,13 +1,52 @@
-"""What all tests share."""
+"""What all tests share: Ceph clusters, started for the first test that asks, gone when the run ends in whatever way."""
 
 from __future__ import annotations
 
-import os
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
+from librbd_py.devcluster import DevCluster, Options, scratch
+from librbd_py.devcluster.admin import Admin
+
+_numbers = itertools.count(1)
+
 
 @pytest.fixture(scope="session")
-def ceph_conf() -> str:
-    """The ceph.conf of a cluster to be used freely."""
-    return os.environ["RBDPY_TEST_CEPH_CONF"]
+def ceph_cluster() -> Iterator[DevCluster]:
+    """The cluster of this run, with authentication. Every test may use it and none may break it; a test that cares what
+    else is in a pool takes `ceph_pool` or makes its own."""
+    with scratch(Options(auth="cephx")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def ceph_conf(ceph_cluster: DevCluster) -> str:
+    """The path of its ceph.conf."""
+    return ceph_cluster.conf
+
+
+@pytest.fixture
+def ceph_pool(ceph_cluster: DevCluster) -> Iterator[str]:
+    """An empty pool of `ceph_cluster`."""
+    name = f"test-{next(_numbers)}"
+    with Admin(ceph_cluster.conf) as admin:
+        admin.mon("osd pool create", pool=name)
+        admin.mon("osd pool application enable", pool=name, app="rbd")
+    yield name
+    with Admin(ceph_cluster.conf) as admin:
+        admin.mon("osd pool delete", pool=name, pool2=name, yes_i_really_really_mean_it=True)
+
+
+@pytest.fixture
+def new_ceph_cluster() -> Iterator[Callable[..., DevCluster]]:
+    """`new_ceph_cluster(osds=3, ...)` starts one that the test may break: half a second."""
+    with ExitStack() as stack:
+
+        def make(**options: Any) -> DevCluster:
+            return stack.enter_context(scratch(Options(**options)))
+
+        yield make

@@ -31,9 +31,18 @@ VALUE_GLOBALS = {
 
 def load_commands() -> None:
     """Imports the modules that register commands. Late, so that `--version` and completion need no data plane."""
-    from librbd_py.cli import cmd_data, cmd_export, cmd_image, cmd_libvirt, cmd_meta, cmd_snap, cmd_store
+    from librbd_py.cli import (
+        cmd_data,
+        cmd_devcluster,
+        cmd_export,
+        cmd_image,
+        cmd_libvirt,
+        cmd_meta,
+        cmd_snap,
+        cmd_store,
+    )
 
-    del cmd_data, cmd_export, cmd_image, cmd_libvirt, cmd_meta, cmd_snap, cmd_store
+    del cmd_data, cmd_devcluster, cmd_export, cmd_image, cmd_libvirt, cmd_meta, cmd_snap, cmd_store
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -58,17 +57,13 @@ class Cluster:
             store.close()
 
 
-def kinds() -> list[str]:
-    return ["memory", "embedded", *(["ceph"] if os.environ.get("RBDPY_TEST_CEPH_CONF") else [])]
-
-
-@pytest.fixture(params=kinds())
+@pytest.fixture(params=["memory", "embedded", "ceph"])
 def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
     connect: Callable[[], Store]
     if request.param == "memory":
         connect = MemoryCluster().connect
     elif request.param == "ceph":
-        options = ClusterOptions(os.environ["RBDPY_TEST_CEPH_CONF"])
+        options = ClusterOptions(request.getfixturevalue("ceph_cluster").conf)
 
         def connect() -> Store:
             return rados.connect(options, share=False)

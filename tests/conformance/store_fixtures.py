@@ -1,7 +1,4 @@
-"""The conformance suite runs over every store. A store joins by adding a factory to `FACTORIES`.
-
-With RBDPY_TEST_CEPH_CONF=/path/to/ceph.conf it runs over that cluster too.
-"""
+"""The conformance suite runs over every store. A store joins by adding a factory to `FACTORIES`."""
 
 from __future__ import annotations
 
@@ -53,28 +50,30 @@ class StoreCluster:
             store.close()
 
 
-def _memory(folder: Path) -> Callable[[], Store]:
+def _memory(request: pytest.FixtureRequest, folder: Path) -> Callable[[], Store]:
     cluster = MemoryCluster()
     return lambda: MemoryStore(cluster)
 
 
-def _embedded(folder: Path) -> Callable[[], Store]:
+def _embedded(request: pytest.FixtureRequest, folder: Path) -> Callable[[], Store]:
     return lambda: EmbeddedStore(str(folder / "store"), create=True)
 
 
-def _ceph(folder: Path) -> Callable[[], Store]:
-    conf = os.environ["RBDPY_TEST_CEPH_CONF"]
+def _ceph(request: pytest.FixtureRequest, folder: Path) -> Callable[[], Store]:
+    conf = request.getfixturevalue("ceph_cluster").conf
     return lambda: connect(ClusterOptions(conf), share=False)
 
 
-FACTORIES: dict[str, Callable[[Path], Callable[[], Store]]] = {"memory": _memory, "embedded": _embedded}
-if os.environ.get("RBDPY_TEST_CEPH_CONF"):
-    FACTORIES["ceph"] = _ceph
+FACTORIES: dict[str, Callable[[pytest.FixtureRequest, Path], Callable[[], Store]]] = {
+    "memory": _memory,
+    "embedded": _embedded,
+    "ceph": _ceph,
+}
 
 
 @pytest.fixture(params=sorted(FACTORIES))
 def store_cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreCluster]:
-    made = StoreCluster(request.param, FACTORIES[request.param](tmp_path))
+    made = StoreCluster(request.param, FACTORIES[request.param](request, tmp_path))
     yield made
     made.close()
 

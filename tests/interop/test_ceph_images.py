@@ -14,6 +14,7 @@ from ceph_peer import Peer
 from ceph_program import Program
 
 from librbd_py import rados, rbd
+from librbd_py.devcluster import DevCluster
 from librbd_py.image import map_check
 
 # Who runs a stage: by its number.
@@ -70,8 +71,8 @@ class Lives:
 
 
 @pytest.fixture(scope="module")
-def lives(ceph_conf: str) -> Iterator[Lives]:
-    made = Lives(ceph_conf)
+def lives(ceph_cluster: DevCluster) -> Iterator[Lives]:
+    made = Lives(ceph_cluster.conf)
     yield made
     made.close()
 

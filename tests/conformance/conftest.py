@@ -1,5 +1,0 @@
-from __future__ import annotations
-
-import os
-
-collect_ignore = [] if os.environ.get("RBDPY_TEST_CEPH_CONF") else ["test_ceph_connection.py"]
