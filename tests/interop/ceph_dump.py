@@ -28,13 +28,25 @@ class Dump:
             value = value.replace(f"rbd_data.{number}.", f"rbd_data.{shown}.")
         return value
 
-    def raw(self, value: bytes, *, pools: bool) -> bytes:
+    def _pool_numbers(self, value: bytes, most: int) -> bytes:
+        """The first `most` of them made alike: what follows may be a snapshot with the same number."""
+        at = 0
+        while at + 8 <= len(value) and most:
+            number = int.from_bytes(value[at : at + 8], "little")
+            if number in self._pools:
+                value = value[:at] + struct.pack("<q", self._pools[number]) + value[at + 8 :]
+                most -= 1
+                at += 7
+            at += 1
+        return value
+
+    def raw(self, value: bytes, *, pools: int) -> bytes:
+        """`pools`: how many pool numbers come before any other number that may look like one."""
         for image_id, name in self._images.items():
             value = value.replace(image_id.encode(), name.encode())
         for number, shown in self._pools.items():
             value = value.replace(f"rbd_data.{number}.".encode(), f"rbd_data.{shown}.".encode())
-            if pools:
-                value = value.replace(struct.pack("<q", number), struct.pack("<q", shown))
+        value = self._pool_numbers(value, pools)
         if len(value) > _LARGEST:
             return value
         out = bytearray(value)
@@ -57,13 +69,13 @@ class Dump:
             except FileNotFoundError:
                 continue
             shown = self.text(oid)
-            found[f"{shown} data"] = self.raw(data, pools=False)
+            found[f"{shown} data"] = self.raw(data, pools=0)
             for name, value in sorted(xattrs.items()):
-                found[f"{shown} xattr {name}"] = self.raw(value, pools=False)
+                found[f"{shown} xattr {name}"] = self.raw(value, pools=0)
             for key, value in self._rows(io, oid):
                 # Few values hold a pool's number, and others could look like one.
-                has_pool = oid == "rbd_children" or key in (b"parent", b"data_pool_id") or b"snap_children" in key
-                found[f"{shown} omap {self.raw(key, pools=oid == 'rbd_children')!r}"] = self.raw(value, pools=has_pool)
+                pools = int(key in (b"parent", b"data_pool_id")) or (len(value) if b"snap_children" in key else 0)
+                found[f"{shown} omap {self.raw(key, pools=oid == 'rbd_children')!r}"] = self.raw(value, pools=pools)
         return found
 
     def _rows(self, io: api.ObjectContext, oid: str) -> Iterable[tuple[bytes, bytes]]:

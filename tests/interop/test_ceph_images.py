@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -135,6 +136,13 @@ def _dump(life: Life, *, data: bool) -> dict[str, object]:
     return found
 
 
+def _children(value: bytes) -> list[bytes]:
+    """The items of a set; the dump has changed their lengths, so they are told apart by their heads."""
+    found = re.split(rb"(?=\x02\x01.\0\0\0)", value[4:], flags=re.DOTALL)[1:]
+    assert len(found) == int.from_bytes(value[:4], "little")
+    return sorted(found)
+
+
 def test_metadata_is_the_same_to_the_byte(lives: Lives) -> None:
     ours, theirs = (_dump(lives.of(maker), data=False) for maker in ("ours", "theirs"))
     assert len(ours) > 150
@@ -143,7 +151,7 @@ def test_metadata_is_the_same_to_the_byte(lives: Lives) -> None:
         other = theirs[what]
         assert isinstance(value, bytes) and isinstance(other, bytes)
         if "snap_children" in what:  # a set, in the order of the images' ids
-            assert sorted(value.split(b"<")) == sorted(other.split(b"<")), what
+            assert _children(value) == _children(other), what
         elif what == "rbd_object_map.<flat------- data":
             # Librbd calls objects that a flatten copied changed since the snapshot; we call them clean, as they are.
             assert _exist(value) == _exist(other), what
