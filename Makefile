@@ -12,8 +12,9 @@ CACHE := .cache
 PACKAGES_BUILD := gcc libc6-dev python3-dev python3-venv
 PACKAGES_BOOT := $(PACKAGES_BUILD) qemu-system-x86 qemu-utils seabios ipxe-qemu busybox-static mtools dosfstools \
 	syslinux syslinux-common
-PACKAGES_TEST := $(PACKAGES_BOOT) qemu-system-common nbdkit libnbd-bin libnbd0 python3-libnbd fio clang-14 \
-	libclang-rt-14-dev e2fsprogs xfsprogs mount util-linux python3-rados python3-rbd ceph-common ceph-mon ceph-osd iproute2 \
+PACKAGES_CEPH := ceph-mon ceph-osd librados2
+PACKAGES_TEST := $(PACKAGES_BOOT) $(PACKAGES_CEPH) qemu-system-common nbdkit libnbd-bin libnbd0 python3-libnbd fio clang-14 \
+	libclang-rt-14-dev e2fsprogs xfsprogs mount util-linux python3-rados python3-rbd ceph-common iproute2 \
 	sqlite3 gdb
 NATIVE := $(wildcard native/*/*.c native/*/*.h native/ffi/build.py)
 
@@ -38,11 +39,13 @@ endef
 
 setup: $(VENV)/installed ## Debian packages for `make boot`, virtual environment, compiled extension
 
-.PHONY: packages-build packages-boot packages-test
+.PHONY: packages-build packages-boot packages-ceph packages-test
 packages-build:
 	$(call debian,build,$(PACKAGES_BUILD))
 packages-boot:
 	$(call debian,boot,$(PACKAGES_BOOT))
+packages-ceph:
+	$(call debian,ceph,$(PACKAGES_CEPH))
 packages-test:
 	$(call debian,test,$(PACKAGES_TEST))
 
@@ -61,8 +64,8 @@ $(VENV)/developing: $(VENV)/installed
 
 setup-test: packages-test $(VENV)/developing ## what the tests and checks need
 
-boot: packages-boot $(VENV)/installed ## build a guest, put it in an RBD image, boot it over vhost-user-blk and NBD
-	@$(PY) -m qemu_glue.boot
+boot: packages-boot $(if $(filter ceph,$(STORE)),packages-ceph) $(VENV)/installed ## build a guest, put it in an RBD image, boot it over vhost-user-blk and NBD (STORE=ceph: on a cluster of its own)
+	@$(PY) -m qemu_glue.boot $(if $(STORE),--store $(STORE))
 
 test: setup-test ## the whole suite
 	@$(PY) -m pytest $(PYTEST_ARGS)

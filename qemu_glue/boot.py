@@ -1,6 +1,7 @@
 """`make boot`: the whole path once, on this machine, in front of the user's eyes.
 
-A small guest is built, imported into an RBD image of an embedded store and cloned; the clone is exported by `rbdpyd`
+A small guest is built, imported into an RBD image of an embedded store (or of a Ceph cluster that is started for it and
+removed again) and cloned; the clone is exported by `rbdpyd`
 and QEMU boots from it: firmware, boot loader, kernel and initramfs are read through the export. The guest writes,
 fsyncs and verifies stamped blocks and powers off; what it wrote is read back through the library. Once over
 vhost-user-blk, once over NBD.
@@ -17,10 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from librbd_py import rados, rbd
+from librbd_py.devcluster import Options, scratch
 from qemu_glue.accel import accelerator
 from qemu_glue.client import Daemon
 from qemu_glue.guest import Disk, Guest
@@ -121,14 +124,24 @@ async def boot(kind: str, daemon: Daemon, folder: Path, accel: str, show: Callab
     say(f"{kind}: firmware to power-off in {took:.1f} s; {served(stats)}")
 
 
-async def demonstrate(folder: Path) -> None:
+def make_store(kind: str, folder: Path, stack: ExitStack) -> str:
+    """An empty store in the folder, for as long as `stack` is open. Its URL; OSError."""
+    if kind != "ceph":
+        return f"embedded:{folder / 'store'}"
+    begin = time.monotonic()
+    cluster = stack.enter_context(scratch(Options(osds=3, auth="cephx"), folder))
+    say(f"started a Ceph cluster of 3 OSDs in {cluster.folder}: {time.monotonic() - begin:.1f} s")
+    return cluster.url
+
+
+async def demonstrate(folder: Path, kind_of_store: str, stack: ExitStack) -> None:
     begin = time.monotonic()
     say("building the guest: Debian's kernel, busybox, a boot disk")
     disk = boot_disk()
     chosen = kernel()
     accel, why = accelerator(chosen.vmlinuz, initramfs(chosen), cache_dir())
     say(f"accelerator: {accel} ({why})")
-    store = f"embedded:{folder / 'store'}"
+    store = make_store(kind_of_store, folder, stack)
     say(f"importing {disk.name} into rbd/golden, snapshot v1, cloning it twice")
     with rados.Rados(conf={"rbdpy_store": store}) as cluster:
         prepare(cluster, disk)
@@ -149,11 +162,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="make boot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--store", choices=("embedded", "ceph"), default="embedded", help="where the image lies")
     parser.add_argument("--keep", action="store_true", help="keep the store and the logs")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="rbdpy-boot-", dir=os.environ.get("TMPDIR", "/tmp")))
     try:
-        asyncio.run(demonstrate(folder))
+        with ExitStack() as stack:
+            asyncio.run(demonstrate(folder, options.store, stack))
     except (BootError, BuildError, OSError, rbd.Error, rados.Error, subprocess.SubprocessError) as error:
         print(f"make boot failed: {error}\nlogs: {folder}", file=sys.stderr)
         return 1

@@ -30,10 +30,6 @@ START_DEADLINE = 90.0  # seconds; a busy machine takes ten times what an idle on
 ATTEMPTS = 3  # when somebody else takes the ports
 
 
-class PortTaken(OSError):
-    """EADDRINUSE: choose other ports."""
-
-
 @dataclass(frozen=True)
 class Status:
     """`daemons`: name -> running, frozen or absent."""
@@ -104,14 +100,16 @@ class DevCluster:
             try:
                 self._start(options, found)
                 return
-            except PortTaken:
+            except BaseException as failure:
                 self._end_all(options)
-                if attempt == ATTEMPTS - 1:
+                if attempt == ATTEMPTS - 1 or not isinstance(failure, OSError) or not self._port_was_taken(options):
                     raise
                 self._clear()
-            except BaseException:
-                self._end_all(options)
-                raise
+
+    def _port_was_taken(self, options: Options) -> bool:
+        """Whether a daemon said so: somebody was faster."""
+        logs = [self.folder / "log" / f"{name}.{end}" for name in options.daemons for end in ("log", "out")]
+        return any(b"unable to bind" in log.read_bytes() for log in logs if log.exists())
 
     def _make_folder(self) -> None:
         if len(os.fsencode(self.folder)) > MAX_FOLDER:
@@ -151,7 +149,7 @@ class DevCluster:
         try:
             self._make_mon(found, fsid, mon_ports)
             self.spawn(MON)
-            self._wait(lambda: ports.listening(mon_ports[0]), end, [MON], "the monitor to listen")
+            self._wait(lambda: ports.listens(self.daemon(MON), mon_ports[0]), end, [MON], "the monitor to listen")
             if options.mgr:
                 self.spawn(MGR)
             from .admin import Admin  # late: to look at or stop a cluster needs no librados
@@ -235,10 +233,7 @@ class DevCluster:
             for name in daemons:
                 daemon = self.daemon(name)
                 if daemon.state == "absent":
-                    said = daemon.tail()
-                    kind = PortTaken if "unable to bind" in said or "Address already in use" in said else OSError
-                    code = errno.EADDRINUSE if kind is PortTaken else errno.EIO
-                    raise kind(code, f"{name} ended: {said or 'see ' + str(self.folder / 'log')}")
+                    raise OSError(errno.EIO, f"{name} ended: {daemon.tail() or 'see ' + str(self.folder / 'log')}")
             if time.monotonic() > end:
                 raise TimeoutError(errno.ETIMEDOUT, f"waited {START_DEADLINE:.0f} s for {what}: see {self.folder}/log")
             time.sleep(0.02)

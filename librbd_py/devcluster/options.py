@@ -114,6 +114,7 @@ def configuration(options: Options, folder: Path, fsid: str, mon_ports: tuple[in
         "ms bind ipv6": "false",
         "ms bind port min": osd_ports.start,
         "ms bind port max": osd_ports.stop - 1,
+        "ms bind retry delay": 1,
         "run dir": folder / "run",
         "crash dir": folder / "log",
         "pid file": "",

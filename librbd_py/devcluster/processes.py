@@ -13,6 +13,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+MAX_PID = 1 << 22  # Linux's limit
+
 
 def started_at(pid: int) -> tuple[int, str] | None:
     """(clock ticks from boot to its start, state letter); None when there is no such process."""
@@ -61,10 +63,10 @@ class Daemon:
     def record(self) -> tuple[int, int] | None:
         """(pid, start time) of the last one spawned."""
         try:
-            pid, started = self.file.read_text().split()
-            return int(pid), int(started)
+            pid, started = map(int, self.file.read_text().split())
         except (FileNotFoundError, ValueError):
             return None
+        return (pid, started) if 0 < pid <= MAX_PID else None
 
     def _handle(self) -> int | None:
         """A pidfd of the living process; None when it is gone."""
@@ -74,7 +76,7 @@ class Daemon:
         pid, started = record
         try:
             handle = os.pidfd_open(pid)
-        except (ProcessLookupError, OSError):
+        except OSError:
             return None
         # Looked at after it was opened: if the pid is still ours now, the handle is of it.
         found = started_at(pid)
