@@ -421,10 +421,10 @@ static enum handled set_backend_fd(struct vhost_session *s, struct vu_msg *m)
 enum handled vhost_handle(struct vhost_session *s)
 {
     struct vu_msg *m = &s->in.msg;
-    if (s->mem && shm_losses() != s->losses) {
+    if (shm_losses() != s->losses) {
         s->losses = shm_losses();
-        if (guest_memory_lost(s->mem) || shm_lost(&s->inflight) || (s->log && shm_lost(&s->log->shm)))
-            return VIOLATION; /* truncated a file that we have mapped */
+        if (session_lost(s))
+            return VIOLATION;
     }
     switch ((enum vhost_message)m->header.request) {
     case VHOST_GET_FEATURES:

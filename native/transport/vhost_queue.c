@@ -8,6 +8,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "transport/vhost_call.h"
+
 /* Finished in one drain: tell the guest, which needs 25 us to wake and may work on while we go on. Sooner would only be
  * more signals: with 16 KiB writes are slower again. */
 #define PUBLISH_BYTES (32u << 10)
@@ -34,7 +36,8 @@ struct vhost_queue {
     bool reading;  /* started, enabled, not broken, not stopped */
     bool broken, abandoned, polling;
     unsigned losses; /* shm_losses() when last looked at */
-    int call, err; /* the session's; -1 = none */
+    struct vhost_call call; /* the file is the session's, and so is this one: */
+    int err;                /* -1 = none */
     struct poller poller;
 
     struct export *export;
@@ -63,13 +66,6 @@ static __thread struct vhost_queue *reading_now __attribute__((tls_model("initia
 
 /* ---- completion ---- */
 
-static void signal_fd(int fd)
-{
-    uint64_t one = 1;
-    if (fd >= 0 && write(fd, &one, sizeof one) < 0)
-        return; /* nonblocking: full means that a signal is pending already */
-}
-
 static void log_request(struct vhost_queue *q, const struct slot *s)
 {
     for (unsigned n = 0; n < s->blk.filled; n++)
@@ -97,6 +93,12 @@ static inline void finish(struct vhost_queue *q, struct slot *s, uint8_t status)
     q->in_flight--;
 }
 
+static void answer(struct vhost_queue *q, enum queue_command command)
+{
+    reactor_post(q->home, &q->answers[command]);
+}
+
+/* Every access to shared memory is followed by this on the queue's reactor. */
 static void publish(struct vhost_queue *q)
 {
     if (q->abandoned)
@@ -104,12 +106,12 @@ static void publish(struct vhost_queue *q)
     bool news = q->ring.used != q->ring.signalled;
     ring_publish(&q->ring);
     if (news && ring_wants_signal(&q->ring))
-        signal_fd(q->call);
-}
-
-static void answer(struct vhost_queue *q, enum queue_command command)
-{
-    reactor_post(q->home, &q->answers[command]);
+        vhost_call_signal(&q->call);
+    unsigned losses = shm_losses();
+    if (__builtin_expect(losses != q->losses, 0)) {
+        q->losses = losses;
+        answer(q, QUEUE_LOSS);
+    }
 }
 
 static void on_answer(struct post *p)
@@ -202,7 +204,7 @@ static void break_queue(struct vhost_queue *q)
     q->broken = true;
     stop_reading(q);
     export_broken(q->export, q->index);
-    signal_fd(q->err);
+    vhost_signal(q->err);
 }
 
 /* 0, or -EPROTO when the ring cannot be trusted any more. again: the in-flight table has it already. */
@@ -228,22 +230,13 @@ static int begin(struct vhost_queue *q, uint16_t head, bool again)
     return 0;
 }
 
-static bool memory_lost(struct vhost_queue *q)
-{
-    unsigned losses = shm_losses();
-    if (__builtin_expect(losses == q->losses, 1))
-        return false;
-    q->losses = losses;
-    return guest_memory_lost(q->ring.mem);
-}
-
 /* Reads what is available, at most a ring's worth: others want the reactor too. True when there was something. */
 static bool read_ring(struct vhost_queue *q)
 {
     unsigned budget = q->ring.num;
     uint64_t bytes = 0;     /* moved since the last publishing */
     unsigned requests = 0;  /* the same */
-    bool worked = false, bad = memory_lost(q);
+    bool worked = false, bad = false;
     reading_now = q;
     while (budget && !bad) {
         int n = ring_available(&q->ring);
@@ -340,7 +333,8 @@ static void take_config(struct vhost_queue *q)
     q->ring.log = c->log;
     q->ring.log_used = c->log_used;
     q->ring.log_addr = c->log_addr;
-    q->call = c->call;
+    if (q->call.fd != c->call)
+        vhost_call_set(&q->call, c->call);
     q->err = c->err;
 }
 
@@ -375,7 +369,7 @@ static void start(struct vhost_queue *q)
     publish(q);
     if (q->broken)
         return;
-    signal_fd(q->call); /* one before the start may have been lost with our predecessor */
+    vhost_call_signal(&q->call); /* one before the start may have been lost with our predecessor */
     q->reading = c->enabled;
     wake(q);
 }
@@ -396,7 +390,7 @@ static void change_memory(struct vhost_queue *q)
 
 static void update(struct vhost_queue *q)
 {
-    int call = q->call;
+    int call = q->call.fd;
     take_config(q);
     if (q->abandoned)
         return;
@@ -410,8 +404,8 @@ static void update(struct vhost_queue *q)
         watch_kick(q);
     }
     q->reading = q->config->enabled && !q->broken;
-    if (q->call != call)
-        signal_fd(q->call); /* what was signalled on the old one may never have been seen */
+    if (q->call.fd != call)
+        vhost_call_signal(&q->call); /* what was signalled on the old one may never have been seen */
     if (q->reading) {
         wake(q);
     } else if (q->polling) {
@@ -458,6 +452,7 @@ struct vhost_queue *vhost_queue_new(struct export *e, struct blk_device *d, unsi
     if (!q)
         return NULL;
     memset(q, 0, sizeof *q);
+    q->call = VHOST_CALL_NONE;
     q->iov_max = c->num + STRADDLES;
     q->wide_bytes = (size_t)c->num * q->iov_max * sizeof(struct iovec);
     q->wide = mmap(NULL, q->wide_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -477,7 +472,7 @@ struct vhost_queue *vhost_queue_new(struct export *e, struct blk_device *d, unsi
     q->device = d;
     q->index = index;
     q->config = c;
-    q->call = q->err = -1;
+    q->err = -1;
     q->kick = (struct fd_watch){.fd = -1, .ready = on_kick, .owner = q};
     q->poller = (struct poller){.poll = on_poll, .sleep = on_sleep, .owner = q};
     q->command_post = (struct post){.run = on_command, .owner = q};
@@ -496,6 +491,7 @@ void vhost_queue_free(struct vhost_queue *q)
         munmap(q->wide, q->wide_bytes);
     if (q->reactor)
         reactor_release(q->reactor);
+    vhost_call_set(&q->call, -1);
     free(q->slots);
     free(q->heads);
     free(q);

@@ -32,12 +32,14 @@ enum queue_command {
     QUEUE_UPDATE,  /* memory, log, enabled, call, err, kick and log address have changed */
     QUEUE_ABANDON, /* read nothing more, and never touch ring or in-flight table again; answered at once */
     QUEUE_STOP,    /* read nothing more; answered when nothing is in flight */
+    QUEUE_LOSS,    /* no command, only an answer: shared memory was lost somewhere in this process. Is it yours? */
     QUEUE_COMMANDS
 };
 
 struct vhost_queue;
 
-/* Made stopped. answered() runs on the reactor `home`, once for every command, in their order. */
+/* Made stopped. answered() runs on the reactor `home`, once for every command, in their order; and with
+ * QUEUE_LOSS at any time before that of QUEUE_STOP. */
 struct vhost_queue *vhost_queue_new(struct export *, struct blk_device *, unsigned index, const struct ring_config *,
                                     struct reactor *home, void (*answered)(void *owner, enum queue_command), void *owner);
 /* One at a time, but QUEUE_ABANDON may follow any, also an unanswered QUEUE_STOP. */

@@ -45,9 +45,20 @@ void session_reap(struct vhost_session *s, unsigned n)
 
 static void on_answered(struct vhost_session *s);
 
+bool session_lost(const struct vhost_session *s)
+{
+    return (s->mem && guest_memory_lost(s->mem)) || (s->old_mem && guest_memory_lost(s->old_mem)) ||
+           (s->log && shm_lost(&s->log->shm)) || (s->old_log && shm_lost(&s->old_log->shm)) || shm_lost(&s->inflight);
+}
+
 static void on_answer(void *owner, enum queue_command command)
 {
     struct vhost_session *s = owner;
+    if (command == QUEUE_LOSS) {
+        if (session_lost(s))
+            vhost_session_close(s, true);
+        return;
+    }
     if (command == QUEUE_STOP)
         s->undrained--;
     else

@@ -55,7 +55,7 @@ struct vhost_session {
     unsigned unanswered; /* START, UPDATE, ABANDON */
     unsigned undrained;  /* STOP */
     void (*then)(struct vhost_session *);
-    unsigned losses; /* shm_losses() when last looked at */
+    unsigned losses; /* shm_losses() when last looked at by vhost_handle() */
     bool fenced; /* the first deadline has passed */
     /* replaced by the command: let go when it is answered */
     int old_fd;
@@ -94,6 +94,8 @@ bool session_stop_all(struct vhost_session *, void (*then)(struct vhost_session 
  * start; -EPROTO: addresses that are not in the memory. */
 int session_start_ready(struct vhost_session *, void (*then)(struct vhost_session *));
 void session_reap(struct vhost_session *, unsigned index); /* after its QUEUE_STOP was answered */
+/* The front end cut a file short that we have mapped. */
+bool session_lost(const struct vhost_session *);
 /* Ends of a wait: with an acknowledgement if asked for; without, the message was replied to. */
 void session_acknowledge(struct vhost_session *);
 void session_read_on(struct vhost_session *);

@@ -1,9 +1,9 @@
 /* Memory shared with a front end that may truncate the file under us.
  *
  * Three lines of defence, because guests' memory need not be a sealable memfd: the size is checked with fstat when
- * mapping; F_SEAL_SHRINK is added where the file allows it; and where it does not, a SIGBUS handler replaces the whole
- * mapping with anonymous memory and notes the loss. The thread goes on with harmless zeroes and the owner of the
- * mapping, who looks at shm_lost(), ends the connection. (The kernel's own accesses, pread into such memory, fail
+ * mapping; F_SEAL_SHRINK is added where the file allows it; and where it does not, store/guard.h replaces the whole mapping
+ * with anonymous memory and notes the loss. The thread goes on with harmless zeroes; a queue that sees the count of
+ * losses change asks its session, which looks at shm_lost() and ends the connection. (The kernel's own accesses, pread into such memory, fail
  * with EFAULT: an error of that one request.)
  */
 #ifndef RBDN_VHOST_SHM_H
@@ -14,7 +14,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-struct shm_guard;
+struct guard_region;
 
 struct shm {
     uint8_t *base; /* of `offset`; NULL = not mapped */
@@ -23,7 +23,7 @@ struct shm {
     size_t map_len;
     off_t file_offset; /* of map */
     int fd; /* ours; -1 = not mapped */
-    struct shm_guard *guard;
+    struct guard_region *guard;
 };
 #define SHM_NONE ((struct shm){.fd = -1})
 

@@ -109,6 +109,33 @@ static void guarded_copies_answer(void)
     munmap(page, PAGE);
 }
 
+static void regions_become_zeroes(void)
+{
+    char *page = missing_page(), *other = missing_page(), word[8] = "intact", got[8] = "garbage";
+    struct guard_region *g = guard_region_new(page, PAGE), *h = guard_region_new(other, PAGE);
+    unsigned before = guard_losses();
+    CHECK(g && h && g != h && !guard_region_lost(g));
+    *(volatile char *)page = 1;
+    EQ(page[0], 1);
+    EQ(page[1], 0);
+    CHECK(guard_region_lost(g) && !guard_region_lost(h));
+    CHECK(guarded_copy(got, other, sizeof got) && !memcmp(got, (char[8]){0}, sizeof got)); /* the region's, not the copy's */
+    CHECK(guard_region_lost(h));
+    EQ(guard_losses() - before, 2);
+    guard_region_free(h);
+    munmap(other, PAGE);
+    other = missing_page(); /* nobody's */
+    CHECK(!guarded_copy(other, word, sizeof word));
+    CHECK(guard_region_new(other, PAGE) == h && !guard_region_lost(h));
+    CHECK(guarded_copy(other, word, sizeof word) && guard_region_lost(h));
+    EQ(guard_losses() - before, 3);
+    guard_region_free(g);
+    guard_region_free(h);
+    guard_region_free(NULL);
+    munmap(page, PAGE);
+    munmap(other, PAGE);
+}
+
 static void chained(int number, siginfo_t *info, void *context) { _exit(info->si_addr ? 42 : 43); }
 
 static int status_of(bool handler, bool sent)
@@ -150,6 +177,7 @@ int main(void)
     (void)faults_of_others_go_where_they_went;
 #endif
     guarded_copies_answer();
+    regions_become_zeroes();
     memory_and_file_agree();
     a_file_cut_short_is_no_crash();
     return 0;

@@ -339,10 +339,10 @@ def test_disabled_ring_waits(vhost: Server) -> None:
 def test_call_descriptor_may_change_under_a_running_ring(vhost: Server) -> None:
     with frontend(vhost.path) as front:
         queue = front.queues[0]
-        before = len(vhost.fds())
+        before = vhost.fds().count("anon_inode:[eventfd]")
         for _ in range(3):
             front.tell(SET_VRING_CALL, struct.pack("<Q", 0x100))  # none
-            assert len(vhost.fds()) == before - 1
+            assert vhost.fds().count("anon_inode:[eventfd]") == before - 1
             queue.signalled()
             head = front.build(T_FLUSH)[0]
             queue.offer(head)
@@ -355,12 +355,12 @@ def test_call_descriptor_may_change_under_a_running_ring(vhost: Server) -> None:
             assert front.request(T_FLUSH)[0] == OK
             front.tell(SET_VRING_CALL, struct.pack("<Q", 0), [queue.call])
             assert front.request(T_FLUSH)[0] == OK
-            assert len(vhost.fds()) == before
+            assert vhost.fds().count("anon_inode:[eventfd]") == before
         # a descriptor that takes the number of one let go is not closed in its stead
         more = Memory(guest=1 << 40, user=1 << 40)
         assert front.tell(ADD_MEM_REG, bytes(8) + more.describe(), [more.fd]) == 0
         front.enable(0)
-        assert len(vhost.fds()) == before + 1
+        assert vhost.fds().count("/memfd:guest (deleted)") == 2
         more.close()
 
 

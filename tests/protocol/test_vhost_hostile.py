@@ -5,10 +5,13 @@ descriptor and no mapping, and the next front end is served.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import select
 import socket
 import struct
 import tempfile
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -41,6 +44,7 @@ from vhost_frontend import (
     SET_VRING_ERR,
     SET_VRING_KICK,
     SET_VRING_NUM,
+    T_OUT,
     Frontend,
     Gone,
     Memory,
@@ -253,7 +257,19 @@ def read_only_file() -> int:
     return again
 
 
-for kind, make in (("pipe", pipe_end), ("file", plain_file), ("folder", folder)):
+def socket_end() -> int:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    return ours.detach()
+
+
+def epoll() -> int:
+    with select.epoll() as made:
+        return os.dup(made.fileno())
+
+
+for kind, make in (("pipe", pipe_end), ("file", plain_file), ("folder", folder), ("socket", socket_end),
+                   ("device", zero_device), ("epoll", epoll)):
     for what, request in (("kick", SET_VRING_KICK), ("call", SET_VRING_CALL), ("err", SET_VRING_ERR)):
         with_fd(f"{what} is a {kind}", make, request, u64(0))
 for kind, make in (("pipe", pipe_end), ("folder", folder), ("device", zero_device), ("read-only file", read_only_file)):
@@ -402,7 +418,6 @@ def test_memory_truncated_under_a_running_ring_breaks_the_queue(vhost: Server) -
         os.ftruncate(front.memory.fd, 0)
         queue.kick_now()
         assert queue.broken()
-        front.send(GET_FEATURES)
         assert front.gone()
     vhost.quiet(before)
     with frontend(vhost.path) as front:
@@ -429,7 +444,6 @@ def test_in_flight_table_and_log_truncated_while_in_use(vhost: Server) -> None:
         os.ftruncate(log, 0)
         os.close(log)
         assert front.read(0, 512) == b"t" * 512  # harmless to the guest; the tables' owner has harmed himself
-        front.send(GET_FEATURES)
         assert front.gone()
     vhost.quiet(before)
 
@@ -446,6 +460,74 @@ def test_memory_that_can_be_sealed_cannot_be_truncated(vhost: Server) -> None:
         with pytest.raises(PermissionError):
             os.ftruncate(memory.fd, 0)
         assert front.read(0, 512) == bytes(512)
+
+
+def make_blocking(fd: int) -> None:
+    """Of the open file, which the back end shares."""
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+
+
+def clog(fd: int) -> None:
+    """Another write to that eventfd blocks for ever."""
+    make_blocking(fd)
+    with contextlib.suppress(BlockingIOError):
+        os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
+    os.eventfd_write(fd, 0xFFFFFFFFFFFFFFFE)
+
+
+def test_a_signal_to_a_clogged_eventfd_blocks_nobody(vhost: Server) -> None:
+    before = vhost.fds()
+    with frontend(vhost.path, queues=4) as front:
+        for queue in front.queues:
+            clog(queue.call)
+        for n in range(40):
+            number = n % 4
+            queue = front.queues[number]
+            head, _, status = front.build(T_OUT, n, data=bytes([n]) * 512, queue=number)
+            queue.offer(head)
+            queue.take()  # asks for a signal
+            queue.kick_now()
+            wait_until(lambda queue=queue: queue.used_idx() != queue.seen, f"request {n}")  # type: ignore[misc]
+            assert queue.take() == [(head, 1)]
+            assert queue.memory.read(status, 1)[0] == OK
+        assert vhost.stats().clients == 1
+        assert all(front.stop(n) == 10 for n in range(4))
+    vhost.quiet(before)
+
+
+def test_the_signal_of_a_broken_queue_blocks_nobody(vhost: Server) -> None:
+    before = vhost.fds()
+    with frontend(vhost.path) as front:
+        queue = front.queues[0]
+        clog(queue.err)
+        queue.memory.write(queue.avail + 2, struct.pack("<H", 60000))  # more than the ring has
+        queue.kick_now()
+        wait_until(lambda: vhost.stats().broken == 1, "broken")
+        assert front.config()
+    vhost.quiet(before)
+
+
+def test_a_kick_that_blocks_readers_blocks_nobody(vhost: Server) -> None:
+    with frontend(vhost.path) as front:
+        queue = front.queues[0]
+        make_blocking(queue.kick)
+        stop = threading.Event()
+
+        def steal() -> None:  # what the back end's epoll has seen is gone before it reads
+            while not stop.is_set():
+                os.eventfd_write(queue.kick, 1)
+                with contextlib.suppress(BlockingIOError):
+                    os.preadv(queue.kick, [bytearray(8)], -1, os.RWF_NOWAIT)
+
+        thief = threading.Thread(target=steal)
+        thief.start()
+        try:
+            for n in range(300):
+                assert front.write(n, bytes([n % 256]) * 512) == OK
+        finally:
+            stop.set()
+            thief.join()
+        assert front.config()
 
 
 def test_hundreds_of_connections_leave_nothing(vhost: Server) -> None:

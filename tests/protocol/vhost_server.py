@@ -22,6 +22,7 @@ SOURCES = [
     *sorted((ROOT / "native/transport").glob("v*.c")),
     *(ROOT / f"native/transport/{name}.c" for name in ("export", "guest_memory")),
     *(ROOT / f"native/engine/{name}.c" for name in ("reactor", "pool", "timer", "event")),
+    ROOT / "native/store/guard.c",
     ROOT / "tests/native/vhost_server.c",
 ]
 FLAGS = {

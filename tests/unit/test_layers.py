@@ -50,7 +50,7 @@ NATIVE = {
     "striping": set(),
     "store": {"ffi/api_store.h", "ffi/api_rados.h", "ffi/api_rados_data.h", "striping"},
     "engine": {"striping", "store", "ffi/api_store.h", "ffi/api_rados_data.h", "ffi/api_engine.h"},
-    "transport": {"engine", "ffi/api_engine.h", "ffi/api_export.h"},
+    "transport": {"engine", "store/guard.h", "ffi/api_engine.h", "ffi/api_export.h"},
 }
 
 
