@@ -12,12 +12,13 @@
  *                                                                          just after the client left when N & 2
  *           0x88    requests fail with errno N from now on, 0 = no more
  *           0x89    the handshake's deadline passes
+ *           0x8a    N odd: the reactor spins from now on, even: it blocks; N * 256 bytes of what it sent are unread now
  *           others  nothing
  *
  * The reactor, the pool, the sockets and the image are played by this file, on one thread.
  *
  * link: transport/nbd_server.c transport/nbd_negotiate.c transport/nbd_command.c transport/nbd_conn.c
- * link: transport/nbd_buffer.c transport/export.c
+ * link: transport/nbd_send.c transport/nbd_buffer.c transport/export.c
  * define: NBD_SMALL_LIMITS
  * seeds: seeds_nbd.py */
 #include <assert.h>
@@ -46,6 +47,9 @@ static uint32_t interest;
 static const uint8_t *input; /* what the client has sent and nobody received */
 static size_t input_size;
 static size_t may_send;      /* bytes the client will still read */
+static size_t unread;        /* of what it was sent, bytes */
+static struct poller *poller; /* of the connection */
+static bool spinning;
 static bool client_closed, socket_open;
 static uint64_t replied;
 static int stopped_events;
@@ -94,6 +98,18 @@ void reactor_post(struct reactor *r, struct post *p)
     r->last = &p->next;
 }
 
+void reactor_add_poller(struct reactor *r, struct poller *p)
+{
+    assert(!poller);
+    poller = p;
+}
+
+void reactor_remove_poller(struct reactor *r, struct poller *p)
+{
+    assert(poller == p);
+    poller = NULL;
+}
+
 void pool_run(struct job *j)
 {
     j->next = NULL;
@@ -131,10 +147,13 @@ ssize_t nbd_socket_send(int fd, struct iovec *iov, unsigned count)
         n += part;
     }
     may_send -= n;
+    unread += n;
     return n ? (ssize_t)n : -EAGAIN;
 }
 
 int nbd_socket_prepare(int fd) { return 0; }
+bool nbd_socket_tells_unread(int fd) { return true; }
+size_t nbd_socket_unread(int fd) { return unread; }
 int nbd_timer_new(int ms) { return ms ? DEADLINE_FD : TIMER_FD; }
 void nbd_timer_arm(int fd, int ms) { }
 void nbd_timer_clear(int fd) { }
@@ -181,6 +200,13 @@ static void turn(void)
         if (ready)
             socket_watch->ready(socket_watch, ready);
         quiet = !ready;
+        if (poller)
+            poller->poll(poller);
+        if (poller && quiet && !spinning) {
+            bool worked = poller->sleep(poller);
+            assert(worked && !poller); /* no reply is held when the reactor blocks */
+            quiet = 0;
+        }
         run_posts();
     }
 }
@@ -227,8 +253,9 @@ static size_t request(const uint8_t *data, size_t size)
 
 static void step(struct image *image, struct export *export, uint8_t op, const uint8_t **data, size_t *size)
 {
-    uint8_t argument = op > 0x81 && op <= 0x88 && *size ? **data : 0;
-    size_t used = op > 0x81 && op <= 0x88 && *size ? 1 : 0;
+    bool has_argument = ((op > 0x81 && op <= 0x88) || op == 0x8a) && *size;
+    uint8_t argument = has_argument ? **data : 0;
+    size_t used = has_argument;
     if (op < 0x80) {
         used = op < *size ? op : *size;
         client_sends(*data, used);
@@ -262,6 +289,10 @@ static void step(struct image *image, struct export *export, uint8_t op, const u
         if (timer_watch)
             timer_watch->ready(timer_watch, EPOLLIN);
         turn();
+    } else if (op == 0x8a) {
+        spinning = argument & 1;
+        unread = (size_t)argument * 256;
+        turn();
     } else if (op == 0x88) {
         fake_image_fail(image, argument, argument);
     }
@@ -290,7 +321,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct export *export = rbdn_nbd_export(server, 1, image, "", &config, &err);
     assert(export);
     stopped_events = 0;
-    client_closed = false;
+    client_closed = spinning = false;
+    unread = 0;
     socket_open = true;
     may_send = SIZE_MAX / 2;
     err = rbdn_nbd_serve(server, SOCKET_FD);
@@ -304,6 +336,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         step(image, export, op, &data, &size);
     }
     client_closed = true;
+    spinning = false;
     turn();
     input_size = 0;
     fake_image_release(image, false);

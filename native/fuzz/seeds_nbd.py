@@ -84,6 +84,9 @@ SEEDS = {
     "deadline": b"\0\x04\0\0\0\3\x89\x80",
     "fails": b"\0\x80\x88\x05" + step(0, 0, 512) + step(7, 0, 512) + b"\x88\x1c" + step(1, 0, 512),
     "packets": LATE + b"\x80" + (b"\x72" + 3 * (request(1, 0, 10) + b"0123456789")) * 40 + b"\x84\x00",
+    "hold": b"\0\x80\x8a\x01" + step(0, 0, 9) * 18 + b"\x8a\x02" + step(0, 0, 9) * 20,
+    "hold_late": LATE + b"\x80\x8a\x09" + step(0, 0, 9) * 2 + (b"\x84\1" + step(0, 0, 9)) * 16 + b"\x87\x01",
+    "hold_gone": b"\0\x80\x8a\x01" + step(0, 0, 9) * 18 + b"\x86",
     "resize": b"\0\x80\x85\x08" + step(0, 0x80, 4096) + b"\x85\xff" + step(0, 0x80, 4096),
 }
 

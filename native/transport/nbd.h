@@ -3,7 +3,8 @@
  *   nbd_server.c     listening sockets, the table of exports, the list of connections, stopping
  *   nbd_negotiate.c  handshake and options: bytes in, bytes out, no I/O
  *   nbd_command.c    transmission: requests to the engine, results to replies; no I/O
- *   nbd_conn.c       one connection: socket, buffers, back-pressure, life and death
+ *   nbd_conn.c       one connection: receiving, buffers, back-pressure, life and death
+ *   nbd_send.c       its replies: in batches, and when
  *   nbd_buffer.c     recycled memory; nbd_socket.c: system calls
  *
  * A connection belongs to one reactor and everything in `struct nbd_conn` is touched by that reactor's thread only,
@@ -38,6 +39,8 @@
 #define NBD_HELD_MAX (60u << 20)   /* bytes of buffers per connection; then we stop reading */
 #define NBD_SLOTS_MAX 512          /* requests per connection; then we stop reading */
 #endif
+#define NBD_BATCH_COUNT 8          /* replies of a batch; also what vhost-user publishes at once */
+#define NBD_BATCH_BYTES (32u << 10)
 #define NBD_OPTION_SKIP_MAX (16u << 20)   /* beyond: disconnect */
 #define NBD_OPTIONS_MAX 4096              /* per connection */
 #define NBD_WRITE_SKIP_MAX (64u << 20) /* a refused WRITE's payload is read and dropped up to here; else disconnect */
@@ -119,6 +122,8 @@ struct nbd_conn {
     bool flush_queued;
     bool violated;                 /* ended for a violation of the protocol */
     struct post flush;
+    struct poller hold;            /* added while `holding`: replies wait for more */
+    bool holding, tells_unread;
 
     /* control from other threads: server's lock */
     bool control_queued, kill;
@@ -154,6 +159,7 @@ struct nbd_conn {
     uint32_t out_sent;             /* bytes of out's reply already sent */
     uint32_t out_count;
     size_t out_bytes;
+    size_t unread, unread_each;    /* bytes, as the socket counts: the peer has not read; a reply adds. 0 unknown */
     struct nbd_slot *status_waiting; /* BLOCK_STATUS: one at a time on the pool */
     bool status_running;
 };
@@ -192,7 +198,7 @@ void nbd_command_submit(struct nbd_conn *, struct nbd_slot *); /* a WRITE whose 
 /* nbd_conn.c */
 int nbd_conn_new(struct nbd_server *, int fd); /* takes fd, closes it on failure */
 void nbd_conn_kill(struct nbd_conn *);         /* under the server's lock, any thread */
-void nbd_conn_reply(struct nbd_conn *, struct nbd_slot *); /* queue its reply; the slot is freed when it is sent */
+void nbd_conn_turn(struct nbd_conn *, bool may_hold); /* parse and send; it may be gone afterwards */
 struct nbd_slot *nbd_conn_slot(struct nbd_conn *);         /* NULL: stall */
 int nbd_conn_buffer(struct nbd_conn *, struct nbd_slot *, size_t size); /* -EAGAIN: stall; -ENOMEM */
 void nbd_conn_drop_buffer(struct nbd_conn *, struct nbd_slot *);
@@ -201,6 +207,13 @@ void nbd_conn_drop_slot(struct nbd_conn *, struct nbd_slot *);
 void nbd_conn_completed(struct nbd_slot *);
 /* On the reactor's thread: turns the result into a reply. nbd_command.c */
 void nbd_command_finish(struct nbd_conn *, struct nbd_slot *);
+
+/* nbd_send.c */
+void nbd_conn_reply(struct nbd_conn *, struct nbd_slot *); /* queue its reply; the slot is freed when it is sent */
+bool nbd_batch_full(const struct nbd_conn *);
+int nbd_send(struct nbd_conn *);      /* all that the socket takes; 1, 0 = nothing sent, -errno = the peer is gone */
+bool nbd_hold(struct nbd_conn *);     /* true: do not send now; somebody will */
+void nbd_hold_end(struct nbd_conn *);
 
 static inline uint32_t nbd_unread(const struct nbd_conn *c)
 {

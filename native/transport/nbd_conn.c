@@ -1,6 +1,6 @@
 /* One connection, run to completion on its reactor: one large receive, every complete request in it submitted, one
- * send for all that is finished by then. Requests that finish later, here or on other threads, gather in `out` and
- * leave together with the next turn of the reactor.
+ * send for each batch that is finished by then (nbd_send.c). Requests that finish later, here or on other threads,
+ * gather in `out` and leave together with the next turn of the reactor.
  *
  * Back-pressure: a request that finds no slot or no room under NBD_HELD_MAX stays in the receive buffer and nothing is
  * received until replies have left. So a client that does not read costs NBD_HELD_MAX at most, and one that is idle
@@ -11,10 +11,6 @@
 
 #include "transport/nbd.h"
 #include "transport/nbd_socket.h"
-
-#define SEND_BYTES (256u << 10) /* finished replies that are sent in the middle of a batch */
-#define SEND_COUNT 64
-#define IOV_MAX_SENT 128
 
 static struct nbd_buffer *take(struct nbd_conn *c, size_t size)
 {
@@ -87,6 +83,7 @@ static void close_socket(struct nbd_conn *c)
         return;
     c->state = NBD_CLOSED;
     close_deadline(c);
+    nbd_hold_end(c);
     if (c->watch.reactor)
         reactor_unwatch(&c->watch);
     nbd_socket_close(c->watch.fd);
@@ -135,74 +132,13 @@ static void leave(struct nbd_conn *c)
     nbd_server_unref(server);
 }
 
-static void consume(struct nbd_conn *c, size_t n)
-{
-    size_t text = c->text_end - c->text_at;
-    if (text) {
-        size_t taken = n < text ? n : text;
-        c->text_at += taken;
-        n -= taken;
-        if (c->text_at == c->text_end)
-            c->text_at = c->text_end = 0;
-    }
-    while (n) {
-        struct nbd_slot *s = c->out;
-        uint32_t left = s->reply_size - c->out_sent;
-        if (n < left) {
-            c->out_sent += n;
-            c->out_bytes -= n;
-            return;
-        }
-        n -= left;
-        c->out_bytes -= left;
-        c->out_sent = 0;
-        c->out_count--;
-        c->out = s->next;
-        if (!c->out)
-            c->out_last = &c->out;
-        nbd_conn_drop_slot(c, s);
-    }
-}
-
 /* True when something was sent. Closes the socket when the peer is gone. */
 static bool send_out(struct nbd_conn *c)
 {
-    bool sent = false;
-    while (!c->send_blocked && (c->out || c->text_end)) {
-        struct iovec iov[IOV_MAX_SENT];
-        unsigned count = 0;
-        if (c->text_end)
-            iov[count++] = (struct iovec){.iov_base = c->text + c->text_at, .iov_len = c->text_end - c->text_at};
-        uint32_t skip = c->out_sent;
-        for (struct nbd_slot *s = c->out; s && count < IOV_MAX_SENT; s = s->next) {
-            iov[count++] = (struct iovec){.iov_base = s->reply + skip, .iov_len = s->reply_size - skip};
-            skip = 0;
-        }
-        ssize_t n = nbd_socket_send(c->watch.fd, iov, count);
-        if (n == -EAGAIN) {
-            c->send_blocked = true;
-        } else if (n < 0) {
-            close_socket(c);
-            return sent;
-        } else {
-            consume(c, n);
-            sent = true;
-        }
-    }
-    return sent;
-}
-
-void nbd_conn_reply(struct nbd_conn *c, struct nbd_slot *s)
-{
-    if (c->state == NBD_CLOSED) {
-        nbd_conn_drop_slot(c, s);
-        return;
-    }
-    s->next = NULL;
-    *c->out_last = s;
-    c->out_last = &s->next;
-    c->out_count++;
-    c->out_bytes += s->reply_size;
+    int rc = nbd_send(c);
+    if (rc < 0)
+        close_socket(c);
+    return rc > 0;
 }
 
 static enum nbd_want skip_input(struct nbd_conn *c)
@@ -240,7 +176,7 @@ static enum nbd_want parse(struct nbd_conn *c)
     while (want == NBD_AGAIN && c->state < NBD_DRAINING) {
         want = parse_one(c);
         /* Not when stalled: run() must see whether there is anything left that could end the stall. */
-        if (want == NBD_AGAIN && (c->out_bytes > SEND_BYTES || c->out_count >= SEND_COUNT))
+        if (want == NBD_AGAIN && nbd_batch_full(c))
             send_out(c);
     }
     return want;
@@ -286,9 +222,9 @@ static void settle(struct nbd_conn *c)
     }
 }
 
-static void run(struct nbd_conn *c)
+static void run(struct nbd_conn *c, bool may_hold)
 {
-    bool again = true;
+    bool again = true, held = false;
     while (again && c->state != NBD_CLOSED) {
         enum nbd_want want = parse(c);
         if (want == NBD_DRAIN)
@@ -302,12 +238,23 @@ static void run(struct nbd_conn *c)
             violation(c); /* out of memory, and nobody is there who will give any back */
             break;
         }
-        again = send_out(c) && c->stalled;
+        held = want == NBD_BYTES && may_hold && nbd_hold(c);
+        again = !held && send_out(c) && c->stalled;
     }
+    if (!held)
+        nbd_hold_end(c);
     if (c->state == NBD_DRAINING && !c->in_flight && !c->out && !c->text_end)
         close_socket(c);
     if (c->state != NBD_CLOSED)
         settle(c);
+}
+
+void nbd_conn_turn(struct nbd_conn *c, bool may_hold)
+{
+    c->running = true;
+    run(c, may_hold);
+    c->running = false;
+    leave(c);
 }
 
 /* Room to receive into. */
@@ -391,7 +338,7 @@ static void ready(struct fd_watch *w, uint32_t events)
             c->send_blocked = false;
         if (events & EPOLLIN && c->state < NBD_DRAINING && !c->stalled)
             receive(c);
-        run(c);
+        run(c, true);
     }
     c->running = false;
     leave(c);
@@ -401,10 +348,7 @@ static void flush_run(struct post *p)
 {
     struct nbd_conn *c = p->owner;
     c->flush_queued = false;
-    c->running = true;
-    run(c);
-    c->running = false;
-    leave(c);
+    nbd_conn_turn(c, true);
 }
 
 static void finish(struct nbd_conn *c, struct nbd_slot *s)
@@ -490,7 +434,7 @@ static void control_run(struct post *p)
     c->running = true;
     if (kill || (!c->cache && start(c)))
         close_socket(c);
-    run(c);
+    run(c, false);
     c->running = false;
     leave(c);
 }
@@ -512,6 +456,7 @@ int nbd_conn_new(struct nbd_server *server, int fd)
         rc = -ENODEV; /* the runtime was not started */
     if (!rc) {
         c->server = server;
+        c->tells_unread = nbd_socket_tells_unread(fd);
         c->watch = (struct fd_watch){.fd = fd, .ready = ready, .owner = c};
         c->deadline = (struct fd_watch){.fd = -1, .ready = deadline_passed, .owner = c};
         c->flush = (struct post){.run = flush_run, .owner = c};

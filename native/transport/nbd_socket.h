@@ -2,12 +2,17 @@
 #ifndef RBDN_NBD_SOCKET_H
 #define RBDN_NBD_SOCKET_H
 
+#include <stdbool.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 
 /* Never block, never raise SIGPIPE. Bytes moved, 0 = end of stream (receive), or -errno (-EAGAIN: later). */
 ssize_t nbd_socket_receive(int fd, struct iovec *iov, unsigned count);
 ssize_t nbd_socket_send(int fd, struct iovec *iov, unsigned count);
+/* Can nbd_socket_unread tell? */
+bool nbd_socket_tells_unread(int fd);
+/* What was sent and the peer has not read, in bytes of kernel memory: a buffer counts until all of it is read. */
+size_t nbd_socket_unread(int fd);
 /* Non-blocking, buffers, TCP options. 0, or -errno when this is no stream socket. */
 int nbd_socket_prepare(int fd);
 void nbd_socket_close(int fd);

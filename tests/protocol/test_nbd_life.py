@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
+import termios
 import time
 from collections.abc import Callable
 
@@ -32,6 +34,13 @@ def until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.002)
+
+
+def arrived(sock: socket.socket) -> int:
+    """Bytes that may be read."""
+    count = bytearray(4)
+    fcntl.ioctl(sock, termios.FIONREAD, count)
+    return struct.unpack("i", count)[0]
 
 
 def test_disconnect_request_ends_after_the_replies(nbd: FakeServer) -> None:
@@ -167,6 +176,18 @@ def test_engine_that_does_not_answer_bounds_what_is_read(nbd: FakeServer) -> Non
         waiting = nbd.do("waiting")
         assert 50 < waiting < 250
     nbd.do("hold 0")
+
+
+def test_no_reply_waits_for_a_client_that_reads_nothing(nbd: FakeServer) -> None:
+    """Replies that the server holds back because the client has plenty to read are sent when nothing else happens."""
+    with Client(nbd.socket).negotiate() as c:
+        for n in range(100):
+            c.start(READ, n * 512, 512)
+            if n % 7 == 0:
+                c.start(FLUSH, 0, 0)
+        until(lambda: arrived(c.sock) == 100 * (20 + 8 + 512) + 15 * 16, "all replies are there to be read")
+        for _ in range(115):
+            assert not c.reply().error
 
 
 def test_slots_bound_small_requests(nbd: FakeServer) -> None:
