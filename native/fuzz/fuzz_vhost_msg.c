@@ -4,6 +4,7 @@
  * After every run the number of open files is what it was, and the session is gone.
  *
  * link: transport/vhost_*.c transport/vring.c transport/virtio_blk.c transport/guest_memory.c transport/export.c
+ * link: store/guard.c
  * seeds: seeds_vhost_msg.py
  */
 #define _GNU_SOURCE /* memfd_create */
