@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import grp
-import json
 import logging
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
 from qemu_glue import shapes
@@ -21,6 +19,7 @@ from qemu_glue.nodes import Node
 from qemu_glue.qmp_server import PACKAGE, VERSION
 from qemu_glue.qmp_wire import QMPError
 from qemu_glue.served import ServedExport
+from qemu_glue.state import Journal
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +27,11 @@ Emit = Callable[[str, dict[str, Any]], None]
 
 
 class Service:
-    """Nodes, exports and the NBD server of one daemon. `emit` sends a QMP event; `state` is the file that remembers
-    what is served, so that a daemon started again after a crash serves the same (None: nothing is remembered)."""
+    """Nodes, exports and the NBD server of one daemon. `emit` sends a QMP event; `state` remembers what is
+    served, so that a daemon started again after a crash serves the same; None: nothing is remembered. The caller closes
+    it."""
 
-    def __init__(self, store_url: str | None, emit: Emit, state: Path | None = None) -> None:
+    def __init__(self, store_url: str | None, emit: Emit, state: Journal | None = None) -> None:
         self.store_url = store_url
         self.emit = emit
         self.nodes: dict[str, Node] = {}
@@ -39,7 +39,7 @@ class Service:
         self.nbd: NBDServer | None = None
         self.quit = asyncio.Event()
         self._state = state
-        self._log: list[dict[str, Any]] = []  # the commands that made what is served, in order
+        self._restoring = False
         self._lock = asyncio.Lock()
         self._next_id = 1
 
@@ -75,8 +75,13 @@ class Service:
         async with self._lock:
             if name in self.nodes:
                 raise QMPError(f"Duplicate nodes with node-name='{name}'")
-            self.nodes[name] = await asyncio.to_thread(Node.open, checked, self.store_url)
-            self._remember("blockdev-add", arguments)
+            node = await asyncio.to_thread(Node.open, checked, self.store_url)
+            try:
+                await self._remember(f"node {name}", "blockdev-add", arguments)
+            except OSError:
+                await asyncio.to_thread(node.close)
+                raise
+            self.nodes[name] = node
 
     async def blockdev_del(self, arguments: dict[str, Any]) -> None:
         name = check(arguments, shapes.NODE_ONLY)["node-name"]
@@ -86,7 +91,7 @@ class Service:
                 raise QMPError(f"Node '{name}' is busy: node is used as block export")
             await asyncio.to_thread(node.close)
             del self.nodes[name]
-            self._forget(lambda c: c["execute"] == "blockdev-add" and c["arguments"]["node-name"] == name)
+            await self._forget(f"node {name}")
 
     async def block_resize(self, arguments: dict[str, Any]) -> None:
         checked = check(arguments, shapes.BLOCK_RESIZE)
@@ -130,11 +135,11 @@ class Service:
                     server.listen_unix(data["path"])
                 else:
                     server.listen_inet(data["host"], _port(data["port"]))
+                await self._remember("nbd server", "nbd-server-start", arguments)
             except OSError:
                 server.stop()
                 raise
             self.nbd = server
-            self._remember("nbd-server-start", arguments)
 
     async def nbd_server_stop(self, arguments: dict[str, Any]) -> None:
         check(arguments, shapes.NOTHING)
@@ -145,7 +150,7 @@ class Service:
                 await self._end(export, hard=True)
             await asyncio.to_thread(self.nbd.stop)
             self.nbd = None
-            self._forget(lambda c: c["execute"] == "nbd-server-start")
+            await self._forget("nbd server")
 
     async def block_export_add(self, arguments: dict[str, Any]) -> None:
         kind = arguments.get("type")
@@ -163,8 +168,12 @@ class Service:
                 raise QMPError(f"Block node is read-only: '{node.name}'")
             export = await asyncio.to_thread(self._start, checked, node)
             export.follow(asyncio.get_running_loop())
+            try:
+                await self._remember(f"export {export.id}", "block-export-add", arguments)
+            except OSError:
+                await export.end(hard=True)
+                raise
             self.exports[export.id] = export
-            self._remember("block-export-add", arguments)
 
     def _start(self, checked: dict[str, Any], node: Node) -> ServedExport:
         start_reactors()
@@ -209,7 +218,7 @@ class Service:
     async def _end(self, export: ServedExport, hard: bool) -> None:
         await export.end(hard)
         del self.exports[export.id]
-        self._forget(lambda c: c["execute"] == "block-export-add" and c["arguments"]["id"] == export.id)
+        await self._forget(f"export {export.id}")
         self.emit("BLOCK_EXPORT_DELETED", {"id": export.id})
 
     # --- queries
@@ -271,35 +280,38 @@ class Service:
                 await asyncio.to_thread(node.close)
             self.nodes.clear()
 
-    def _remember(self, name: str, arguments: dict[str, Any]) -> None:
-        self._log.append({"execute": name, "arguments": arguments})
-        self._save()
+    async def _remember(self, key: str, name: str, arguments: dict[str, Any]) -> None:
+        if self._state and not self._restoring:
+            await asyncio.to_thread(self._state.remember, key, {"execute": name, "arguments": arguments})
 
-    def _forget(self, match: Callable[[dict[str, Any]], bool]) -> None:
-        self._log = [command for command in self._log if not match(command)]
-        self._save()
-
-    def _save(self) -> None:
+    async def _forget(self, key: str) -> None:
         if self._state:
-            temporary = self._state.with_name(self._state.name + ".new")
-            temporary.write_text(json.dumps(self._log, indent=1) + "\n")
-            temporary.replace(self._state)
+            await asyncio.to_thread(self._state.forget, key)
 
     async def restore(self) -> None:
-        """Runs the remembered commands. One that fails (its image was removed, say) is logged and forgotten."""
-        if self._state is None or not self._state.exists():
+        """Runs the remembered commands. What fails is logged and tried again by the next start: a cluster may be out of
+        reach for a while. Only what an image needs that is gone is forgotten."""
+        if self._state is None:
             return
-        try:
-            commands = json.loads(self._state.read_text())
-            remembered = [(str(c["execute"]), dict(c["arguments"])) for c in commands]
-        except (ValueError, KeyError, TypeError) as error:
-            raise QMPError(f"{self._state} is not a state file of rbdpyd: {error}") from None
         handlers = self.handlers()
-        for name, arguments in remembered:
-            try:
-                await handlers[name](arguments)
-            except (QMPError, OSError, KeyError) as error:
-                log.error("restore: %s %s: %s", name, arguments, error)
+        self._restoring = True
+        try:
+            for key, command in list(self._state.commands.items()):
+                try:
+                    await handlers[command["execute"]](command["arguments"])
+                except (QMPError, OSError, KeyError) as error:
+                    log.error("restore: %s %s: %s", command["execute"], command["arguments"], error)
+                    if isinstance(error, FileNotFoundError) and key.startswith("node "):
+                        await self._forget_node(key)
+        finally:
+            self._restoring = False
+
+    async def _forget_node(self, key: str) -> None:
+        assert self._state
+        name = self._state.commands[key]["arguments"].get("node-name")
+        for other, command in list(self._state.commands.items()):
+            if other == key or (other.startswith("export ") and command["arguments"].get("node-name") == name):
+                await self._forget(other)
 
 
 def _port(text: str) -> int:

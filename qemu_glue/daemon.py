@@ -26,6 +26,7 @@ from qemu_glue import sockets
 from qemu_glue.commands import Service
 from qemu_glue.qmp_server import QMPServer
 from qemu_glue.qmp_wire import QMPError
+from qemu_glue.state import Journal
 
 log = logging.getLogger("rbdpyd")
 
@@ -119,7 +120,8 @@ async def serve(options: argparse.Namespace) -> int:
         if server:
             server.emit(name, data)
 
-    service = Service(options.store, emit, options.state)
+    state = Journal(options.state) if options.state else None
+    service = Service(options.store, emit, state)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.quit.set)
     listener: socket.socket | None = None
@@ -144,13 +146,12 @@ async def serve(options: argparse.Namespace) -> int:
         notify_ready()
         await service.quit.wait()
         return 0
-    except (QMPError, OSError) as error:
-        print(f"rbdpyd: {error.strerror if isinstance(error, OSError) and error.strerror else error}", file=sys.stderr)
-        return 1
     finally:
         await service.close()
         if server:
             await server.close()
+        if state:
+            state.close()
         if listener:
             sockets.remove(options.qmp)
         if options.pidfile:
@@ -170,7 +171,11 @@ def main(argv: list[str] | None = None) -> int:
     level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
     logging.basicConfig(level=level, format="rbdpyd: %(levelname)s: %(message)s")
     raise_file_limit()
-    return asyncio.run(serve(options))
+    try:
+        return asyncio.run(serve(options))
+    except (QMPError, OSError) as error:
+        print(f"rbdpyd: {error.strerror if isinstance(error, OSError) and error.strerror else error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

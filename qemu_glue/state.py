@@ -1,0 +1,148 @@
+"""What a daemon serves, remembered in a file: a journal of the commands that made it.
+
+One record a line: the CRC-32 of the rest as 8 hex digits, a blank, JSON. A record remembers a command under a key or
+forgets a key; replaying all of them gives the commands that count, in order. A record is appended and synced before
+the command is answered; the tail that a crash tore off is dropped. Once most records are of no use the file is written
+anew, beside the old one, and renamed. So a command costs the same with one export as with a thousand.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from qemu_glue.qmp_wire import QMPError
+
+SLACK = 256  # useless records that are not worth a rewrite
+SIZE_MAX = 64 << 20  # bytes; what is larger was not written by a daemon
+
+
+class Journal:
+    """`commands`: key -> the command remembered under it, oldest first. One process at a time (EBUSY as QMPError)."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or makes the file. QMPError for a file that is not a journal, or is damaged before its end; OSError."""
+        self._path = path
+        self.commands: dict[str, dict[str, Any]] = {}
+        self._records = 0
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_APPEND, 0o600)
+        try:
+            self._lock()
+            self._load()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def remember(self, key: str, command: dict[str, Any]) -> None:
+        """Blocks until it is on the disk."""
+        self._append({"remember": key, "command": command})
+        self.commands[key] = command
+
+    def forget(self, key: str) -> None:
+        """Blocks until it is on the disk. A key that is not there is no error."""
+        if key in self.commands:
+            self._append({"forget": key})
+            del self.commands[key]
+            if self._records > 2 * len(self.commands) + SLACK:
+                self._rewrite()
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise QMPError(f"{self._path} is in use by another rbdpyd") from None
+
+    def _load(self) -> None:
+        if os.fstat(self._fd).st_size > SIZE_MAX:
+            raise QMPError(f"{self._path} is not a state file of rbdpyd: larger than {SIZE_MAX} bytes")
+        with open(self._fd, "rb", closefd=False) as file:
+            data = file.read(SIZE_MAX)
+        good, lines = 0, data.split(b"\n")
+        for number, line in enumerate(lines[:-1], 1):
+            try:
+                self._replay(_parse(line))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                if number == len(lines) - 1:
+                    break  # the last line: half of it got to the disk
+                raise QMPError(f"{self._path} is not a state file of rbdpyd: line {number}: {error}") from None
+            self._records += 1
+            good += len(line) + 1
+        if good < len(data):
+            if good == 0 and not _may_be_torn(data):
+                raise QMPError(f"{self._path} is not a state file of rbdpyd")
+            os.ftruncate(self._fd, good)
+
+    def _replay(self, record: dict[str, Any]) -> None:
+        if "forget" in record:
+            self.commands.pop(record["forget"], None)
+            return
+        command = record["command"]
+        self.commands[str(record["remember"])] = {
+            "execute": str(command["execute"]),
+            "arguments": dict(command["arguments"]),
+        }
+
+    def _append(self, record: dict[str, Any]) -> None:
+        line = _line(record)
+        end = os.fstat(self._fd).st_size
+        try:
+            if os.write(self._fd, line) != len(line):
+                raise OSError(errno.ENOSPC, f"{self._path}: no room for what is served")
+            os.fdatasync(self._fd)
+        except OSError:
+            os.ftruncate(self._fd, end)  # half a line must not stand before the next record
+            raise
+        self._records += 1
+
+    def _rewrite(self) -> None:
+        temporary = self._path.with_name(self._path.name + ".new")
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_APPEND, 0o600)
+        old = self._fd
+        try:
+            self._fd = fd
+            self._lock()
+            with open(fd, "wb", closefd=False) as file:
+                file.writelines(_line({"remember": key, "command": c}) for key, c in self.commands.items())
+            os.fsync(fd)
+            os.rename(temporary, self._path)
+        except BaseException:
+            self._fd = old
+            os.close(fd)
+            raise
+        os.close(old)
+        self._records = len(self.commands)
+        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """ValueError for a line that no journal wrote whole."""
+    text = line[9:]
+    if line[8:9] != b" " or line[:8] != b"%08x" % zlib.crc32(text):
+        raise ValueError("the checksum is wrong")
+    record = json.loads(text)
+    if not isinstance(record, dict):
+        raise ValueError("no record")
+    return record
+
+
+def _may_be_torn(data: bytes) -> bool:
+    """Whether a file without one whole record can be the beginning of a journal, and not somebody's other file."""
+    first = data[:9]
+    return all(c in b"0123456789abcdef" for c in first[:8]) and first[8:] in (b"", b" ")
