@@ -53,10 +53,10 @@ class ControlCallbacks(Protocol):
     def lost(self, failure: OSError) -> None:
         """Fenced (ESHUTDOWN) or the image is gone (ENOENT): fail everything from now on. Called at most once."""
 
-    def peer_op(self, message: nf.Message) -> int | None:
+    def peer_op(self, message: nf.Message, reply: Callable[[int | None], None]) -> None:
         """A proxied operation (asked of the owner only), progress, completion or quiesce from a peer.
 
-        Returns what to ack, 0 or -errno; None says that it is not supported.
+        `reply(result)`, now or later and once: what to ack, 0 or -errno; None says that it is not supported.
         """
 
 
@@ -144,10 +144,21 @@ class HeaderControl:
                 return
             raise OSError(errno.ETIMEDOUT, f"{self.header_oid}: the owner does not give up the lock") from None
 
-    def request_acquire(self) -> Future[None]:
-        """Starts acquiring and returns at once. The future ends as `acquire()` does."""
+    def try_acquire(self) -> bool:
+        """As `acquire`, but an owner that lives is not asked: False. It waits when another waiter had it asked."""
+        try:
+            self.request_acquire(ask=False).result()
+        except OSError as failure:
+            if failure.errno == errno.EAGAIN:
+                return False
+            raise
+        return True
+
+    def request_acquire(self, ask: bool = True) -> Future[None]:
+        """Starts acquiring and returns at once. The future ends as `acquire()` does; without `ask` it ends with EAGAIN
+        when the lock's owner lives."""
         future: Future[None] = Future()
-        self._lock_event(le.Acquire(), partial(_append, self._waiting_to_acquire, future))
+        self._lock_event(le.Acquire(ask), partial(_append, self._waiting_to_acquire, future))
         return future
 
     def _waiting_to_acquire(self) -> list[Future[None]]:
@@ -205,6 +216,14 @@ class HeaderControl:
         """Whether the lock has an owner that watches the header."""
         owner = self.owner()
         return owner is not None and wire.is_watching(self.ctx, self.header_oid, owner)
+
+    def ask_owner(self, message: nf.Message) -> int | None:
+        """What the lock's owner answers to a request: 0 or -errno; None when no owner spoke."""
+        return self._owners_answer(nf.encode(message))
+
+    def tell(self, message: nf.Message) -> None:
+        """Says something to every watcher; returns when those that live have acked."""
+        self.ctx.notify(self.header_oid, nf.encode(message), NOTIFY_MS)
 
     def notify_header_update(self) -> None:
         """Tells every watcher that the header changed; returns when those that live have acked."""
@@ -278,17 +297,19 @@ class HeaderControl:
 
     def _peer_op(self, message: nf.Message, notify_id: int, cookie: int) -> list[Job]:
         """Progress and completion are acked empty; requests non-empty, and by the owner alone."""
+
+        def reply(result: int | None) -> None:
+            code = -errno.EOPNOTSUPP if result is None else result
+            payload = nf.encode_response(code) if wire.wants_result(message) else b""
+            try:
+                self.ctx.notify_ack(self.header_oid, notify_id, cookie, payload)
+            except OSError as failure:
+                log.info("%s: an ack could not be sent: %s", self.header_oid, failure)
+
         try:
-            result = self._callbacks.peer_op(message)
+            self._callbacks.peer_op(message, reply)
         except OSError as failure:
-            result = -(failure.errno or errno.EIO)
-        payload = (
-            nf.encode_response(-errno.EOPNOTSUPP if result is None else result) if wire.wants_result(message) else b""
-        )
-        try:
-            self.ctx.notify_ack(self.header_oid, notify_id, cookie, payload)
-        except OSError as failure:
-            log.info("%s: an ack could not be sent: %s", self.header_oid, failure)
+            reply(-(failure.errno or errno.EIO))
         return []
 
     def _lock_event(self, event: le.Event, prepare: Callable[[], bool] | None = None) -> int | None:
@@ -420,12 +441,16 @@ class HeaderControl:
         handle = self._watch.watch
         if handle is None:
             return le.Answer(None)
-        reply = self.ctx.notify(self.header_oid, wire.request_lock(self._gid, handle), NOTIFY_MS)
+        result = self._owners_answer(wire.request_lock(self._gid, handle))
+        return le.Answer(None if result is None else abs(result))
+
+    def _owners_answer(self, payload: bytes) -> int | None:
+        reply = self.ctx.notify(self.header_oid, payload, NOTIFY_MS)
         for ack in reply.acks.values():
             result = wire.result_of(ack)
             if result is not None:
-                return le.Answer(abs(result))
-        return le.Answer(None)
+                return result
+        return None
 
     def _announce(self) -> list[Job]:
         """Sends what is queued, in order, unless another thread is at it."""
@@ -512,6 +537,7 @@ _REASONS = {
     errno.ESHUTDOWN: "this client is fenced or the image is being closed",
     errno.ENOENT: "the image is gone",
     errno.ECANCELED: "released before it was acquired",
+    errno.EAGAIN: "another client owns the lock",
     errno.EINVAL: "locked by a handle of this process that is no longer there",
 }
 

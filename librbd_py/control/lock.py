@@ -60,6 +60,7 @@ REFUSED_SECONDS = 1.0  # the owner answered with an error that is not final
 FAIR_SECONDS = 0.1  # after a release for a peer, before we compete for the lock again
 BACKOFF_SECONDS = (0.02, 1.0)  # nobody answered for an owner that is alive: first and longest wait
 UNLOCK_ATTEMPTS = 3
+NOTHING_DONE = (errno.ENOSPC, errno.EDQUOT)  # answers of a store that certainly changed nothing
 
 S = LockState
 
@@ -83,7 +84,7 @@ NEXT: dict[LockState, frozenset[LockState]] = {
     S.RELOCKING: frozenset({S.LOCKED, S.RELOCK_WAITING, S.QUIESCING}),
     S.RELOCK_WAITING: frozenset({S.LOCKED}),
     S.QUIESCING: frozenset({S.UNLOCKING, S.LOCKED}),
-    S.UNLOCKING: frozenset({S.ANNOUNCING, S.UNLOCK_RETRY, S.UNLOCKING}),
+    S.UNLOCKING: frozenset({S.ANNOUNCING, S.UNLOCK_RETRY, S.UNLOCKING, S.LOOKING}),
     S.UNLOCK_RETRY: frozenset({S.UNLOCKING}),
     S.ANNOUNCING: frozenset({S.LOOKING, S.WAITING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
     S.FENCED: frozenset({S.STOPPED}),
@@ -113,6 +114,7 @@ class LockMachine:
         self.handle_now: int | None = None  # watch handle while the watch is up
         self.cookie: str | None = None  # quoted in the lock while HOLDING
         self.wanted = False
+        self._ask = False  # some of those who want it want its owner asked
         self.stopping = False
         self.fence_errno = 0
         self._asked = False  # a peer was told 0: release as soon as possible
@@ -223,11 +225,13 @@ class LockMachine:
     # --- what users and the watch say -----------------------------------------------------------------------------
 
     def _on_acquire(self, event: Event) -> None:
+        assert isinstance(event, Acquire)
         if self.state in (S.FENCED, S.STOPPED) or self.stopping:
             self._out.append(Refused(self.fence_errno or errno.ESHUTDOWN))
         elif self.owning and not (self._asked or self._release):
             self._out.append(Acquired())
         else:
+            self._ask = event.ask or (self.wanted and self._ask)
             self.wanted = True
             if self.state is S.UNLOCKED:
                 self._backoff = BACKOFF_SECONDS[0]
@@ -393,10 +397,12 @@ class LockMachine:
     def _checked(self, done: Done) -> None:
         if done.errno:
             self._refuse(done.errno)
-        elif done.value:
+        elif not done.value:
+            self._do(S.RELOOKING, Look)
+        elif self._ask:
             self._do(S.ASKING, Ask)
         else:
-            self._do(S.RELOOKING, Look)
+            self._refuse(errno.EAGAIN)
 
     def _relooked(self, done: Done) -> None:
         if done.errno:
@@ -522,6 +528,7 @@ class LockMachine:
         else:
             # Refused for another reason: give it back and take it anew, with requests parked in between.
             self._pending = None
+            self._ask = True
             self.wanted = not (self.stopping or self._release)
             self._quiesce(False)
 
@@ -571,11 +578,23 @@ class LockMachine:
             if self._release:
                 self._release = False
                 self._out.append(Released())
+        elif self._attempts + 1 >= UNLOCK_ATTEMPTS and self._may_stay(done.errno):
+            # A full store must not cost a guest its disk: read the lock, it should be ours as before.
+            self._quiesced = False
+            self._for_peer = False
+            if self._release:
+                self._release = False
+                self._out.append(Released(done.errno))
+            self.wanted = True
+            self._look()
         elif self._attempts + 1 >= UNLOCK_ATTEMPTS:
             self._fence(done.errno)  # nobody knows who holds it: the next owner breaks it
         else:
             self._attempts += 1
             self._do(S.UNLOCK_RETRY, lambda op: Sleep(op, REFUSED_SECONDS))
+
+    def _may_stay(self, code: int) -> bool:
+        return code in NOTHING_DONE and self._quiesced and not self.stopping and self.handle_now is not None
 
     def _unlock_again(self, done: Done) -> None:
         assert self.cookie is not None

@@ -65,7 +65,9 @@ class Event:
 
 @dataclass(frozen=True)
 class Acquire(Event):
-    pass
+    """`ask`: a living owner is asked for the lock; else the wait ends with Refused(EAGAIN) when there is one."""
+
+    ask: bool = True
 
 
 @dataclass(frozen=True)

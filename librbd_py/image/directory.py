@@ -10,17 +10,19 @@ from dataclasses import dataclass
 
 from librbd_py.format import features as ft
 from librbd_py.format import names
+from librbd_py.format import notify as nf
 from librbd_py.format import object_map as fm
 from librbd_py.format import trash as ftr
 from librbd_py.store.api import Create, ListWatchers, ObjectContext, WriteFull
 
 from . import cls, object_map
 from .cls import call, text, u8
-from .handle import ImageHandle
+from .handle import ImageHandle, name_by_id
 from .header import header_oid, id_oid
 from .layout import Layout
 from .objects import exists, ignoring, remove
 from .progress import Progress
+from .proxy import perform
 
 DEFAULT_ORDER = 22
 
@@ -163,17 +165,30 @@ def rename(ctx: ObjectContext, source: str, dest: str) -> None:
     """ENOENT, EEXIST, EINVAL (no name)."""
     require_name(dest)
     with ImageHandle.open(ctx, source) as handle:
-        require_free(ctx, dest)
-        with handle.exclusive():
-            ctx.write(id_oid(dest), [Create(exclusive=True), WriteFull(text(handle.id))])
-            try:
-                ctx.exec(names.DIRECTORY, "rbd", "dir_rename_image", text(source) + text(dest) + text(handle.id))
-            except OSError:
-                remove(ctx, id_oid(dest))
-                raise
-            remove(ctx, id_oid(source))
-            handle.name = dest
-        handle.announce()
+        rename_open(handle, dest)
+
+
+def rename_open(handle: ImageHandle, dest: str) -> None:
+    """Gives an open image another name. As `rename`."""
+    require_name(dest)
+    require_free(handle.ctx, dest)
+    perform(
+        handle, lambda request: nf.Rename(dest, request), lambda: _rename(handle, dest), done_already=errno.EEXIST
+    )
+    handle.name = dest
+
+
+def _rename(handle: ImageHandle, dest: str) -> None:
+    ctx, source = handle.ctx, name_by_id(handle.ctx, handle.id)
+    with handle.exclusive():
+        ctx.write(id_oid(dest), [Create(exclusive=True), WriteFull(text(handle.id))])
+        try:
+            ctx.exec(names.DIRECTORY, "rbd", "dir_rename_image", text(source) + text(dest) + text(handle.id))
+        except OSError:
+            remove(ctx, id_oid(dest))
+            raise
+        remove(ctx, id_oid(source))
+    handle.announce()
 
 
 def remove_image(ctx: ObjectContext, name: str, progress: Progress | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 from librbd_py.format import features as ft
+from librbd_py.format import notify as nf
 from librbd_py.store.api import NOSNAP
 
 from . import object_map
@@ -12,6 +13,7 @@ from .cls import u64
 from .handle import ImageHandle
 from .header import map_oid
 from .objects import remove
+from .proxy import perform
 
 BOTH_INVALID = ft.FLAG_OBJECT_MAP_INVALID | ft.FLAG_FAST_DIFF_INVALID
 
@@ -34,6 +36,15 @@ def update_features(handle: ImageHandle, features: int, enabled: bool) -> None:
         # Nobody owns an image without the lock: a short time of its own is all there is.
         _change(handle, features, enabled)
         return
+    perform(
+        handle,
+        lambda request: nf.UpdateFeatures(features, enabled, request),
+        lambda: _change_owning(handle, features, enabled),
+        done_already=errno.EINVAL,
+    )
+
+
+def _change_owning(handle: ImageHandle, features: int, enabled: bool) -> None:
     with handle.exclusive():
         _change(handle, features, enabled)
 

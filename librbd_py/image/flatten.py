@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 
+from librbd_py.format import notify as nf
 from librbd_py.store.api import NOSNAP
 
 from .handle import ImageHandle
 from .objects import ignoring
 from .progress import Progress, report
+from .proxy import perform
 from .snapshots import detach_child
 
 
@@ -19,6 +21,11 @@ def flatten(handle: ImageHandle, progress: Progress | None = None) -> None:
     """
     if not handle.read_only and not handle.header.head_has_parent:
         raise OSError(errno.EINVAL, "the image has no parent")
+    handle.require_writable()
+    perform(handle, nf.Flatten, lambda: _flatten(handle, progress), progress, done_already=errno.EINVAL)
+
+
+def _flatten(handle: ImageHandle, progress: Progress | None) -> None:
     with handle.exclusive() as header:
         overlap = header.overlap_at(NOSNAP)
         total = header.layout.objects(overlap)

@@ -22,6 +22,7 @@ from librbd_py.control.driver import HeaderControl
 from librbd_py.control.pool import control_pool
 from librbd_py.format import features as ft
 from librbd_py.format import header as fh
+from librbd_py.format import notify as nf
 from librbd_py.format.header import ParentImageSpec
 from librbd_py.native import check, lib
 from librbd_py.store.api import NOSNAP, ObjectContext
@@ -31,6 +32,7 @@ from .datapath import NativeImage, NativeMap
 from .header import MAX_PARENTS, Header, header_oid, image_id_of, load
 from .objects import ignoring
 from .plain import EVERYTHING, NO_MAP, WRITES, ObjectMapKeeper, PlainData
+from .proxy import Reply, Requests, Served
 from .view import DataObjects, DataPath, ViewSpec
 
 DRAIN_SECONDS = 60.0  # how long a change waits for requests in flight
@@ -70,6 +72,8 @@ class ImageHandle:
         self._update_watchers: dict[int, Callable[[], None]] = {}
         self._next_watcher = 0
         self._lost: OSError | None = None
+        self.requests = Requests(self)
+        self._served: Served | None = None
         self.next_touch: dict[str, float] = {}  # access, modify: time.monotonic() of the next look at the times
         self._parents: tuple[ParentImageSpec, ViewSpec, list[DataObjects]] | None = None
         self._retired: list[DataObjects] = []  # parents of older views; requests in flight may still read them
@@ -271,13 +275,25 @@ class ImageHandle:
     def is_lock_owner(self) -> bool:
         return self._owner and self.control is not None and self.control.is_owner
 
+    @property
+    def asks_owner(self) -> bool:
+        """Whether maintenance operations need a lock that this handle does not own."""
+        return self.control is not None and self._locks(self.header) and not self.is_lock_owner
+
     def acquire_lock(self) -> None:
         """Waits until this handle owns the exclusive lock. EROFS: it was given up by hand, or the owner keeps it."""
+        self._seeking().acquire()
+
+    def try_lock(self) -> bool:
+        """As `acquire_lock`, but a living owner is left alone: False."""
+        return self._seeking().try_acquire()
+
+    def _seeking(self) -> HeaderControl:
         if self._lost is not None:
             raise OSError(self._lost.errno, self._lost.strerror)
         if self.control is None or self._released_by_hand:
             raise OSError(errno.EROFS, "this handle does not take the exclusive lock")
-        self.control.acquire()
+        return self.control
 
     def request_lock(self) -> None:
         """Starts acquiring and returns at once: what waits for the lock starts when the gate opens."""
@@ -414,14 +430,12 @@ class ImageHandle:
             self.data.block(WRITES, DRAIN_SECONDS)
             try:
                 flush_objects(self.objects)
+                self._give_map()
                 with self._state:
                     self._owner = False
                     self._publish()
                 if self.objects.native is not None:
                     self.objects.native.disown()
-                self._keep_map(NO_MAP)
-                if self._header.has(ft.OBJECT_MAP):
-                    object_map.unlock(self.ctx, self.id)
             finally:
                 self.data.unblock(WRITES)
         finally:
@@ -436,9 +450,17 @@ class ImageHandle:
             if not self.closed:
                 self.data.fence(failure.errno or errno.ESHUTDOWN)
 
-    def peer_op(self, message: Any) -> int | None:
-        """Operations of other clients are not run for them: they take the lock and do it themselves."""
-        return None
+    def peer_op(self, message: Any, reply: Reply) -> None:
+        if isinstance(message, nf.AsyncProgress | nf.AsyncComplete):
+            self.requests.heard(message)
+            reply(0)
+            return
+        with self._state:
+            if self._served is None:
+                from .served_ops import OPERATIONS
+
+                self._served = Served(self, OPERATIONS)
+        self._served.accept(message, reply)
 
     def _take_map(self, header: Header) -> None:
         try:
@@ -446,6 +468,16 @@ class ImageHandle:
             self._load_map(header)
         except OSError as failure:
             self.map_failed(failure)
+
+    def _give_map(self) -> None:
+        """Before the lock goes. OSError: the map stays ours, and kept."""
+        self._keep_map(NO_MAP)
+        if self._header.has(ft.OBJECT_MAP):
+            try:
+                object_map.unlock(self.ctx, self.id)
+            except OSError:
+                self._load_map(self._header)
+                raise
 
     def take_map(self) -> None:
         """After the map was made, resized or rewritten: load it again."""

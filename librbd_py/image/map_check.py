@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 
 from librbd_py.format import features as ft
+from librbd_py.format import notify as nf
 from librbd_py.format.object_map import EXISTS, EXISTS_CLEAN, NONEXISTENT
 from librbd_py.store.api import NOSNAP, SNAPDIR, ListSnaps, SnapSet
 
 from . import object_map
 from .handle import ImageHandle
 from .progress import Progress, report
+from .proxy import perform
 
 BOTH_INVALID = ft.FLAG_OBJECT_MAP_INVALID | ft.FLAG_FAST_DIFF_INVALID
 
@@ -65,6 +67,10 @@ def rebuild(handle: ImageHandle, progress: Progress | None = None) -> None:
     handle.require_writable()
     if not handle.header.has(ft.OBJECT_MAP):
         raise OSError(errno.EINVAL, "the image has no object map")
+    perform(handle, nf.RebuildObjectMap, lambda: _rebuild(handle, progress), progress)
+
+
+def _rebuild(handle: ImageHandle, progress: Progress | None) -> None:
     with handle.exclusive(), handle.quiesced():
         for snap_id, states in states_of(handle, progress).items():
             if snap_id == NOSNAP:

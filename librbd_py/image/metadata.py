@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 
+from librbd_py.format import notify as nf
+
 from . import cls
 from .cls import text
 from .handle import ImageHandle
+from .proxy import perform
 
 CONFIG_PREFIX = "conf_"
 
@@ -27,6 +30,11 @@ def put(handle: ImageHandle, key: str, value: str | bytes) -> None:
     if key.startswith(CONFIG_PREFIX) and not key.startswith(CONFIG_PREFIX + "rbd_"):
         raise OSError(errno.EINVAL, f"{key[len(CONFIG_PREFIX) :]!r} is no option of RBD")
     data = value.encode() if isinstance(value, str) else value
+    asked = data.decode(errors="surrogateescape")
+    perform(handle, lambda request: nf.MetadataUpdate(key, asked, request), lambda: _put(handle, key, data))
+
+
+def _put(handle: ImageHandle, key: str, data: bytes) -> None:
     with handle.exclusive():
         handle.ctx.exec(handle.oid, "rbd", "metadata_set", cls.encode_metadata({key: data}))
     handle.announce()
@@ -35,6 +43,15 @@ def put(handle: ImageHandle, key: str, value: str | bytes) -> None:
 def remove(handle: ImageHandle, key: str) -> None:
     """ENOENT, EROFS."""
     handle.require_writable()
+    perform(
+        handle,
+        lambda request: nf.MetadataUpdate(key, None, request),
+        lambda: _remove(handle, key),
+        done_already=errno.ENOENT,
+    )
+
+
+def _remove(handle: ImageHandle, key: str) -> None:
     with handle.exclusive():
         cls.metadata_value(handle.ctx, handle.oid, key)
         handle.ctx.exec(handle.oid, "rbd", "metadata_remove", text(key))

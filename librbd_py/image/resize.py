@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator
 
 from librbd_py.format import features as ft
+from librbd_py.format import notify as nf
 from librbd_py.format.object_map import NONEXISTENT
 from librbd_py.store.api import NOSNAP, Op, Remove, Truncate
 
@@ -16,12 +17,23 @@ from .handle import ImageHandle
 from .objects import ignoring
 from .plain import ObjectMapKeeper
 from .progress import Progress, report
+from .proxy import perform
 
 SCAN_LIMIT = 4096  # more objects than this are not tried one by one without a hint of which exist
 
 
 def resize(handle: ImageHandle, size: int, *, allow_shrink: bool = True, progress: Progress | None = None) -> None:
     """EINVAL: too large, or smaller without `allow_shrink`; EROFS."""
+    handle.require_writable()
+    perform(
+        handle,
+        lambda request: nf.Resize(size, request, allow_shrink),
+        lambda: _resize(handle, size, allow_shrink, progress),
+        progress,
+    )
+
+
+def _resize(handle: ImageHandle, size: int, allow_shrink: bool, progress: Progress | None) -> None:
     with handle.exclusive() as header:
         check_size(header.layout, size, header.features)
         if size < header.size and not allow_shrink:

@@ -8,6 +8,7 @@ import logging
 from librbd_py.format import features as ft
 from librbd_py.format import header as fh
 from librbd_py.format import names
+from librbd_py.format import notify as nf
 from librbd_py.format.header import ChildImageSpec, ParentImageSpec
 from librbd_py.format.object_map import EXISTS, NONEXISTENT
 from librbd_py.store.api import NOSNAP, ObjectContext, Rollback
@@ -19,6 +20,7 @@ from .header import Header, header_oid
 from .objects import ignoring
 from .plain import read_view
 from .progress import Progress, report
+from .proxy import perform
 from .resize import known_states, resize
 
 COPY = 4 << 20  # bytes read and written at once
@@ -47,7 +49,21 @@ def create(handle: ImageHandle, name: str, namespace: fh.SnapshotNamespace = fh.
     """The id of the new snapshot. EEXIST; EDQUOT: as many as the image may have; EROFS."""
     if handle.read_only:
         raise OSError(errno.EROFS, "the image is open read-only")
-    with handle.at_head(), handle.exclusive() as header:
+    with handle.at_head():
+        perform(
+            handle,
+            lambda request: nf.SnapCreate(name, namespace, request),
+            lambda: _create(handle, name, namespace),
+            done_already=errno.EEXIST,
+        )
+        snap = handle.header.snap_named(name, namespace.type)
+    if snap is None:
+        raise OSError(errno.ENOENT, f"snapshot {name!r} was removed as soon as it was made")
+    return snap.id
+
+
+def _create(handle: ImageHandle, name: str, namespace: fh.SnapshotNamespace) -> None:
+    with handle.exclusive() as header:
         if namespace == fh.USER and header.snap_named(name, fh.NAMESPACE_USER) is not None:
             raise OSError(errno.EEXIST, f"snapshot {name!r} exists")
         with handle.quiesced():
@@ -55,7 +71,6 @@ def create(handle: ImageHandle, name: str, namespace: fh.SnapshotNamespace = fh.
             _map_created(handle, snap_id)
             handle.refresh()
     handle.announce()
-    return snap_id
 
 
 def _add(handle: ImageHandle, name: str, namespace: fh.SnapshotNamespace) -> int:
@@ -87,7 +102,18 @@ def remove(handle: ImageHandle, snap_id: int) -> None:
     it again is EBUSY then."""
     if handle.read_only:
         raise OSError(errno.EROFS, "the image is open read-only")
-    with handle.at_head(), handle.exclusive() as header:
+    with handle.at_head():
+        snap = by_id(handle.header, snap_id)
+        perform(
+            handle,
+            lambda request: nf.SnapRemove(snap.name, snap.namespace, request),
+            lambda: _remove(handle, snap_id),
+            done_already=errno.ENOENT,
+        )
+
+
+def _remove(handle: ImageHandle, snap_id: int) -> None:
+    with handle.exclusive() as header:
         snap = by_id(header, snap_id)
         if snap.protection != fh.PROTECTION_UNPROTECTED:
             raise OSError(errno.EBUSY, f"snapshot {snap.name!r} is protected")

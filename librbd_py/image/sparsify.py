@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 
+from librbd_py.format import notify as nf
+
 from .cls import call, u8, u64
 from .handle import ImageHandle
 from .objects import exists, ignoring
 from .progress import Progress, report
+from .proxy import perform
 from .resize import map_keeper
 
 
@@ -18,6 +21,15 @@ def sparsify(handle: ImageHandle, sparse_size: int, progress: Progress | None = 
     header = handle.header
     if sparse_size < 4096 or sparse_size > header.layout.object_size or sparse_size & (sparse_size - 1):
         raise OSError(errno.EINVAL, f"sparse size {sparse_size} is no power of two from 4096 to the object size")
+    perform(
+        handle,
+        lambda request: nf.Sparsify(request, sparse_size),
+        lambda: _sparsify(handle, sparse_size, progress),
+        progress,
+    )
+
+
+def _sparsify(handle: ImageHandle, sparse_size: int, progress: Progress | None) -> None:
     with handle.exclusive() as header:
         total = header.layout.objects(header.size)
         keeper = map_keeper(handle)

@@ -132,6 +132,8 @@ def metadata(s: Stack, store: Path, ballast: Path) -> None:
     assert 0 < passed < 300
     refused(store, "image-meta", "set", "small", "key", "v" * 60_000)
     for command in (
+        ("snap", "create", "disk@t"),  # asks the daemon, which holds the lock
+        ("resize", "disk", "--size", "1G"),
         ("create", "new", "--size", "64M"),
         ("snap", "create", "small@t"),
         ("clone", "small@s", "child"),

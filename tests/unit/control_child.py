@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from librbd_py.control.driver import HeaderControl
 from librbd_py.format import notify as nf
@@ -23,8 +24,8 @@ class Quiet:
     def lost(self, failure: OSError) -> None:
         pass
 
-    def peer_op(self, message: nf.Message) -> int | None:
-        return None
+    def peer_op(self, message: nf.Message, reply: Callable[[int | None], None]) -> None:
+        reply(None)
 
 
 class Counting(Quiet):

@@ -44,9 +44,10 @@ class Chances:
     crash: float = 0.003
     shutdown: float = 0.005
     exclusive: float = 0.05
+    full: float = 0.005  # the store becomes full, for some seconds
 
 
-CALM = Chances(0, 0, 0, 0, 0, 0, 0, 0, 0)
+CALM = Chances(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass
@@ -74,6 +75,7 @@ class World:
         self.steps = 0
         self.grants = 0
         self.owner: le.Locker | None = None
+        self.full = 0  # how many episodes of a full store overlap
         self.watchers: dict[tuple[int, int], str] = {}  # (gid, handle) -> address
         self.blocklist: set[str] = set()
         self.lossy: set[int] = set()  # clients that ever lost a watch
@@ -133,6 +135,9 @@ class World:
                 self.tell_lock(client, le.Shutdown())
         elif self.hit(c.watch_loss) and client.watch.watch is not None:
             self.lose_watch(client, client.watch.watch)
+        elif self.hit(c.full):
+            self.full += 1
+            self.after(self.rng.random() * 10, self._less_full)
         elif self.hit(c.forged_notify):
             forged = self.rng.choice([le.PeerReleased(), le.PeerRequested(), le.PeerAcquired(1, 2)])
             self.tell_lock(client, forged)
@@ -140,13 +145,16 @@ class World:
             what = self.rng.random()
             if what < 0.7:
                 client.waits_lock = True
-                self.tell_lock(client, le.Acquire())
+                self.tell_lock(client, le.Acquire(ask=self.rng.random() < 0.7))
             elif what < 0.85:
                 client.waits_release = True
                 self.tell_lock(client, le.Release())
             elif client.waits_lock:
                 client.waits_lock = False
                 self.tell_lock(client, le.Abandon())
+
+    def _less_full(self) -> None:
+        self.full -= 1
 
     def crash(self, client: Client) -> None:
         client.alive = False
@@ -293,6 +301,8 @@ class World:
     def _apply(self, client: Client, action: le.Action) -> tuple[int, object]:
         if client.address in self.blocklist:
             return errno.ESHUTDOWN, None
+        if self.full and not isinstance(action, le.Look | le.CheckOwner):
+            return errno.ENOSPC, None
         mine = self.owner is not None and self.owner.gid == client.gid
         match action:
             case le.Look():

@@ -58,10 +58,10 @@ class Image:
         self.failure = failure
         self.note("lost")
 
-    def peer_op(self, message: nf.Message) -> int | None:
+    def peer_op(self, message: nf.Message, reply: Callable[[int | None], None]) -> None:
         self.peer_messages.append(message)
         self.note("peer")
-        return self.peer_result
+        reply(self.peer_result)
 
 
 class Client:
