@@ -7,7 +7,6 @@ import json
 import os
 from typing import Any
 
-from librbd_py.native import lib
 from librbd_py.store.api import Remove, WriteFull
 from librbd_py.store.rados import ClusterOptions, RadosStore, connect
 
@@ -34,10 +33,24 @@ class Admin:
     def osd(self, number: int, prefix: str, **words: Any) -> bytes:
         """An OSD's answer."""
         text = json.dumps({"prefix": prefix, **words})
-        result, output, status = self._store.connection.command(lib.RBDN_TO_OSD, str(number), text)
+        return self._checked(self._store.command("osd", str(number), text), f"osd.{number}: {prefix}")
+
+    @staticmethod
+    def _checked(answer: tuple[int, bytes, str], what: str) -> bytes:
+        result, output, status = answer
         if result < 0:
-            raise OSError(-result, f"osd.{number}: {prefix}: {status.strip() or os.strerror(-result)}")
+            raise OSError(-result, f"{what}: {status.strip() or os.strerror(-result)}")
         return output
+
+    def pg_states(self) -> list[str]:
+        """`active+clean`, ... of each placement group, from the OSD that leads it."""
+        found = []
+        for pool in self.mon("osd dump")["pools"]:
+            for number in range(pool["pg_num"]):
+                name = f"{pool['pool']}.{number:x}"
+                answer = self._store.command("pg", name, json.dumps({"prefix": "query", "pgid": name}))
+                found.append(json.loads(self._checked(answer, f"query of {name}"))["state"])
+        return found
 
     def write_once(self, pool: str) -> None:
         """Returns when the pool takes writes."""

@@ -86,6 +86,17 @@ class Faults:
     def wait_up(self, number: int) -> None:
         self._until(lambda: self.is_up(number), f"osd.{number} to be up")
 
+    def wait_clean(self) -> None:
+        """Every object has all its copies."""
+
+        from .admin import Admin
+
+        def clean() -> bool:
+            with Admin(self._cluster.conf) as admin:
+                return all(state == "active+clean" for state in admin.pg_states())
+
+        self._until(clean, "all copies to be there")
+
     # --- settings
 
     def inject_socket_failures(self, one_in: int) -> None:

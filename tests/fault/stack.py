@@ -1,4 +1,4 @@
-"""The whole stack for tests of faults: an embedded store with images, `rbdpyd` serving them over NBD, the CLI."""
+"""The whole stack for tests of faults: a store with images, `rbdpyd` serving them over NBD, the CLI."""
 
 from __future__ import annotations
 
@@ -50,10 +50,11 @@ def create(store: Path, name: str, size: int, **more: Any) -> None:
 class Stack:
     """A daemon with its state file; kill() and start() as often as wanted."""
 
-    def __init__(self, folder: Path, store: Path) -> None:
+    def __init__(self, folder: Path, store: Path | str) -> None:
+        """`store`: an embedded store's folder, or a URL."""
         self.folder = folder
         self.socket = folder / "nbd.sock"
-        self.daemon = Daemon(folder, f"embedded:{store}")
+        self.daemon = Daemon(folder, store if isinstance(store, str) else f"embedded:{store}")
         self._runner = asyncio.Runner()
         self._clients: list[Client] = []
 
@@ -94,7 +95,7 @@ class Stack:
 
 
 @contextlib.contextmanager
-def stack(folder: Path, store: Path) -> Iterator[Stack]:
+def stack(folder: Path, store: Path | str) -> Iterator[Stack]:
     made = Stack(folder, store)
     try:
         made.start()
