@@ -43,13 +43,16 @@ class Admin:
         return output
 
     def pg_states(self) -> list[str]:
-        """`active+clean`, ... of each placement group, from the OSD that leads it."""
+        """`active+clean`, ... of each placement group, from the OSD that leads it; `unknown` when it does not yet."""
         found = []
         for pool in self.mon("osd dump")["pools"]:
             for number in range(pool["pg_num"]):
                 name = f"{pool['pool']}.{number:x}"
                 answer = self._store.command("pg", name, json.dumps({"prefix": "query", "pgid": name}))
-                found.append(json.loads(self._checked(answer, f"query of {name}"))["state"])
+                try:
+                    found.append(json.loads(self._checked(answer, f"query of {name}"))["state"])
+                except FileNotFoundError:
+                    found.append("unknown")
         return found
 
     def write_once(self, pool: str) -> None:

@@ -143,8 +143,8 @@ def configuration(options: Options, folder: Path, fsid: str, mon_ports: tuple[in
         "objecter tick interval": 1,  # else a watch of 6 seconds is renewed too late
     }
     if options.copies == 1:
-        # An OSD that was suspended longer than its lease to serve reads asks the other copies for a new one: with none it
-        # would wait for ever (Ceph 16). Nobody else can serve them, so the lease may be long: this times the grace.
+        # An OSD that was suspended longer than its lease to serve reads asks the other copies for a new one: with none
+        # it would wait for ever (Ceph 16). Nobody else can serve them, so the lease may be long: this times the grace.
         common["osd pool default read lease ratio"] = 1000
     common |= dict(options.settings)
     osd = {
