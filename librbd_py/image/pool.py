@@ -6,7 +6,7 @@ import errno
 from dataclasses import dataclass
 
 from librbd_py.format import names
-from librbd_py.store.api import ObjectContext, OmapSet, WriteFull
+from librbd_py.store.api import ObjectContext, OmapSet, Read, Write, WriteFull
 
 from . import cls
 from .cls import call, text, u8
@@ -14,12 +14,41 @@ from .header import header_oid, load
 from .objects import exists, ignoring, remove
 
 VALIDATED = b"overwrite validated"
+_PROBE = b"validate"
 
 
 def init(ctx: ObjectContext, *, force: bool = False) -> None:
     """Marks the pool as one for RBD."""
     if not exists(ctx, names.INFO):
         ctx.write(names.INFO, [WriteFull(VALIDATED)])
+
+
+def validate(ctx: ObjectContext) -> None:
+    """Refuses a pool that cannot hold data objects: EINVAL when its objects cannot be overwritten (erasure coding
+    without that flag) or it has snapshots of its own. Looks once a pool, and leaves what librbd leaves. A user who may
+    not look is believed."""
+    default = ctx.store.open(ctx.pool_id)
+    with ignoring(errno.EPERM):
+        try:
+            if default.read(names.INFO, [Read()])[0] == VALIDATED:
+                return
+        except FileNotFoundError:
+            pass
+        snap_id = default.snap_create()
+        try:
+            default.write(names.INFO, [WriteFull(_PROBE)])
+            _overwrite(default)
+        finally:
+            default.snap_remove(snap_id)
+
+
+def _overwrite(ctx: ObjectContext) -> None:
+    try:
+        ctx.write(names.INFO, [Write(0, VALIDATED)])
+    except OSError as failure:
+        if failure.errno != errno.EOPNOTSUPP:
+            raise
+        raise OSError(errno.EINVAL, f"objects of pool {ctx.pool_id} cannot be overwritten") from None
 
 
 def namespace_create(ctx: ObjectContext, name: str) -> None:

@@ -13,14 +13,17 @@ from librbd_py.errors import rbd_errors
 from librbd_py.image import cls, directory, metadata, pool, trash
 from librbd_py.image import feature_names as ft
 from librbd_py.image.clones import clone
+from librbd_py.image.directory import CreateOptions
+from librbd_py.store.api import ObjectContext
+from librbd_py.store.rados import RadosStore
 
 from .common import OnProgress, context, number, text
 from .completion import Completion
+from .defaults import Defaults
 from .image import Image, options
 from .iterators import ConfigPoolIterator, ImageIterator, PoolMetadataIterator, TrashIterator, trash_row
 
 VERSION = (1, 16, 0)  # of the librbd whose behaviour this follows
-CLONE_FORMAT_OPTION = "rbd_default_clone_format"
 
 
 class RBD:
@@ -53,7 +56,10 @@ class RBD:
             )
         size = number(size)
         with rbd_errors("error creating image"):
-            directory.create(context(ioctx), chosen_name, size, chosen)
+            ctx = context(ioctx)
+            chosen = Defaults(ioctx, ctx).for_image(chosen)
+            _validate(ctx, chosen)
+            directory.create(ctx, chosen_name, size, chosen)
 
     def clone(
         self,
@@ -68,12 +74,17 @@ class RBD:
         stripe_count: int | None = None,
         data_pool: str | bytes | None = None,
     ) -> None:
-        """A copy-on-write child of a snapshot. Format 1 if the option rbd_default_clone_format is 1, else 2."""
+        """A copy-on-write child of a snapshot. Its format: the option rbd_default_clone_format, else 2 where every
+        client of the cluster must understand that."""
         parent, child = text(p_name, "p_name"), text(c_name, "c_name")
         snap = text(p_snapname, "p_snapname")
         chosen = options(order, features, stripe_unit, stripe_count, data_pool)
         with rbd_errors("error creating clone"):
-            clone(context(p_ioctx), parent, snap, context(c_ioctx), child, chosen, clone_format=_clone_format(p_ioctx))
+            ctx = context(c_ioctx)
+            defaults = Defaults(c_ioctx, ctx)
+            chosen, chosen_format = defaults.for_clone(chosen), defaults.clone_format()
+            _validate(ctx, chosen)
+            clone(context(p_ioctx), parent, snap, ctx, child, chosen, clone_format=chosen_format)
 
     def list(self, ioctx: Any) -> list[str]:
         """Names, sorted; at the end those of images whose removal began and has not ended."""
@@ -128,7 +139,12 @@ class RBD:
 
     def pool_init(self, ioctx: Any, force: bool) -> None:
         with rbd_errors("error initializing pool"):
-            pool.init(context(ioctx), force=force)
+            ctx = context(ioctx)
+            if isinstance(ctx.store, RadosStore):
+                ctx.store.application_enable(ctx.pool_id, force=force)
+                pool.validate(ctx)
+            else:
+                pool.init(ctx, force=force)
 
     def pool_stats_get(self, ioctx: Any) -> dict[str, int]:
         with rbd_errors("error retrieving pool stats"):
@@ -266,12 +282,10 @@ class RBD:
         return 0
 
 
-def _clone_format(ioctx: Any) -> int:
-    """The option rbd_default_clone_format of the connection: 1, 2 or auto (2)."""
-    cluster = getattr(ioctx, "rados", None)
-    conf_get = getattr(cluster, "conf_get", None)
-    value = conf_get(CLONE_FORMAT_OPTION) if callable(conf_get) else None
-    return 1 if value == "1" else 2
+def _validate(ctx: ObjectContext, chosen: CreateOptions) -> None:
+    """Other stores have only one kind of pool."""
+    if isinstance(ctx.store, RadosStore):
+        pool.validate(ctx if chosen.data_pool is None else ctx.store.open(chosen.data_pool))
 
 
 def _refuse(name: str) -> Any:

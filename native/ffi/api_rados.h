@@ -23,6 +23,8 @@ int rbdn_rados_fsid(void *cluster, char *buf, size_t len);
 int rbdn_rados_addresses(void *cluster, char *buf, size_t len); /* -ENAMETOOLONG */
 uint64_t rbdn_rados_instance(void *cluster);
 int rbdn_rados_latest_map(void *cluster);
+/* The oldest release of clients that the cluster must serve: 13 is Mimic. */
+int rbdn_rados_oldest_client(void *cluster);
 int rbdn_rados_stat(void *cluster, uint64_t *out); /* KiB in all, used, available; objects */
 
 enum rbdn_rados_target { RBDN_TO_MON, RBDN_TO_MGR, RBDN_TO_OSD, RBDN_TO_PG };

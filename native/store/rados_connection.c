@@ -83,6 +83,13 @@ int rbdn_rados_latest_map(void *cluster)
     return RADOS(wait_for_latest_osdmap)(cluster);
 }
 
+int rbdn_rados_oldest_client(void *cluster)
+{
+    int8_t is = 0, required = 0;
+    int rc = RADOS(get_min_compatible_client)(cluster, &is, &required);
+    return rc < 0 ? rc : required;
+}
+
 int rbdn_rados_stat(void *cluster, uint64_t *out)
 {
     struct rados_cluster_stat_t found;

@@ -75,6 +75,7 @@ struct rados_pool_stat_t {
     F(int, getaddrs, (rados_t, char **addrs)) \
     F(uint64_t, get_instance_id, (rados_t)) \
     F(int, wait_for_latest_osdmap, (rados_t)) \
+    F(int, get_min_compatible_client, (rados_t, int8_t *is, int8_t *required)) \
     F(int, mon_command, (rados_t, RADOS_COMMAND_PARAMETERS)) \
     F(int, mgr_command, (rados_t, RADOS_COMMAND_PARAMETERS)) \
     F(int, osd_command, (rados_t, int osd, RADOS_COMMAND_PARAMETERS)) \

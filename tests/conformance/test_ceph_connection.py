@@ -299,3 +299,38 @@ def test_an_image_through_the_environment(ceph_conf: str, pool: str, monkeypatch
         monkeypatch.delenv("RBDPY_STORE")
         with face.Rados(conffile=ceph_conf) as other, other.open_ioctx(pool) as again:
             assert rbd.RBD().list(again) == ["a"]
+
+
+def test_what_a_cluster_says_of_new_images(ceph_conf: str, pool: str) -> None:
+    """Options of the cluster, the program and the pool; the first image makes sure that the pool can hold images."""
+    conf = {
+        "rbd_default_features": "layering,exclusive-lock",
+        "rbd_default_order": "20",
+        "rbd_default_stripe_unit": "65536",
+        "rbd_default_stripe_count": "3",
+        "rbd_default_clone_format": "2",
+    }
+    data = f"{pool}-data"
+    with face.Rados(conffile=ceph_conf, conf=conf) as cluster, cluster.open_ioctx(pool) as ioctx:
+        cluster.create_pool(data)
+        R = rbd.RBD()
+        R.create(ioctx, "a", 1 << 22)
+        with rbd.Image(ioctx, "a") as image:
+            assert (image.features(), image.stat()["order"]) == (1 | 4 | 2, 20)
+            assert (image.stripe_unit(), image.stripe_count()) == (65536, 3)
+            image.create_snap("s")
+        R.clone(ioctx, "a", "s", ioctx, "child")  # unprotected
+        R.config_set(ioctx, "rbd_default_order", "23")
+        R.config_set(ioctx, "rbd_default_data_pool", data)
+        R.create(ioctx, "b", 1 << 22, features=1)
+        R.clone(ioctx, "a", "s", ioctx, "child of b")
+        with rbd.Image(ioctx, "b") as image, rbd.Image(ioctx, "child of b") as child:
+            assert (image.stat()["order"], image.features()) == (23, 1 | 2 | 128)
+            assert image.data_pool_id() == child.data_pool_id() == cluster.pool_lookup(data)
+        for name in (pool, data):
+            with cluster.open_ioctx(name) as where:
+                assert where.read("rbd_info") == b"overwrite validated"
+        R.config_set(ioctx, "rbd_default_order", "many")
+        with pytest.raises(rbd.InvalidArgument):
+            R.create(ioctx, "c", 1 << 22)
+        cluster.delete_pool(data)

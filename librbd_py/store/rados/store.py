@@ -162,6 +162,12 @@ class RadosStore(api.Store):
             lib.rbdn_ioctx_application(self.connection.context(number, ""), _APPLICATION.encode(), False)
             return number
 
+    def application_enable(self, pool_id: int, *, force: bool = False) -> None:
+        """Says that the pool is for RBD. EPERM when it is another application's, unless `force`."""
+        with self.using():
+            io = self.connection.context(pool_id, "")
+            check(lib.rbdn_ioctx_application(io, _APPLICATION.encode(), force), f"pool {pool_id} for RBD")
+
     def pool_remove(self, name: str) -> None:
         raw = _pool_name(name)
         with self.using():
@@ -181,6 +187,11 @@ class RadosStore(api.Store):
             numbers = ffi.new("uint64_t[]", 4)
             check(lib.rbdn_rados_stat(self.connection.handle, numbers), "statistics")
             return dict(zip(("kb", "kb_used", "kb_avail", "num_objects"), ffi.unpack(numbers, 4), strict=True))
+
+    def oldest_client(self) -> int:
+        """The oldest release of clients that the cluster must serve: 13 is Mimic."""
+        with self.using():
+            return check(lib.rbdn_rados_oldest_client(self.connection.handle), "releases of clients")
 
     def latest_map(self) -> None:
         """Waits until this client knows what the monitors know."""
