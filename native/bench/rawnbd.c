@@ -1,13 +1,17 @@
-/* A load generator for NBD servers with as little client as there can be: one connection, one thread, DEPTH requests in
- * flight, replies taken in one receive, requests sent in one send. It measures the server, not itself; so it checks
- * replies (magic, error, cookie) but not data.
+/* A load generator for NBD servers with as little client as there can be: a thread for each connection, DEPTH requests
+ * in flight on each, replies taken in one receive, requests sent in one send. It measures the server, not itself; so
+ * it checks replies (magic, error, cookie) but not data.
  *
- *   rawnbd SOCKET [read|write] [DEPTH] [BLOCK_SIZE] [SECONDS] [EXPORT] [simple]
+ *   rawnbd SOCKET|HOST:PORT [read|write] [DEPTH] [BLOCK_SIZE] [SECONDS] [EXPORT] [CONNECTIONS] [simple]
  *
- * Prints one line of JSON: {"iops", "bytes_per_s", "p50_us", "p99_us", "requests", "client_cpu_us"}; latency is from
- * the send of a request to the receive that held its reply, cpu per request. Make: cc -O2 -Inative -o rawnbd rawnbd.c */
+ * HOST is an IPv4 address. Prints one line of JSON: {"iops", "bytes_per_s", "p50_us", "p99_us", "requests",
+ * "client_cpu_us"}; latency is from the send of a request to the receive that held its reply, cpu per request.
+ * Make: cc -O2 -pthread -Inative -o rawnbd rawnbd.c */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <errno.h>
+#include <netinet/tcp.h>
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,6 +24,7 @@
 #include "transport/nbd_wire.h"
 
 #define DEPTH_MAX 1024
+#define CONNECTIONS_MAX 64
 #define BUCKETS 4096 /* of the latency histogram: 0.25 us each up to 512 us, then 16 us */
 
 static uint64_t now_ns(void)
@@ -108,16 +113,24 @@ struct stream {
 };
 
 static struct {
-    int fd;
-    bool write;
+    const char *address, *export;
+    bool write, simple;
     unsigned depth;
     uint32_t block; /* bytes */
+    double seconds;
+} config;
+
+struct connection {
+    pthread_t thread;
+    int fd;
     uint64_t blocks, seed;
     uint64_t sent_ns[DEPTH_MAX];
     unsigned free_list[DEPTH_MAX], free_count;
     uint64_t done, latency[BUCKETS];
+    double took; /* seconds */
     uint8_t *out;
-} b;
+    struct stream in;
+};
 
 static unsigned bucket(uint64_t ns)
 {
@@ -131,37 +144,39 @@ static double bucket_us(unsigned at)
     return at < 2048 ? at / 4.0 : 512 + (at - 2048) * 16.0;
 }
 
-static void send_requests(void)
+static void send_requests(struct connection *b)
 {
-    size_t each = sizeof(struct nbd_request) + (b.write ? b.block : 0), n = 0;
+    size_t each = sizeof(struct nbd_request) + (config.write ? config.block : 0), n = 0;
     uint64_t now = now_ns();
-    while (b.free_count) {
-        unsigned slot = b.free_list[--b.free_count];
-        b.seed = b.seed * 6364136223846793005u + 1442695040888963407u;
+    while (b->free_count) {
+        unsigned slot = b->free_list[--b->free_count];
+        b->seed = b->seed * 6364136223846793005u + 1442695040888963407u;
         struct nbd_request r = {.magic = htobe32(NBD_REQUEST_MAGIC),
-                                .type = htobe16(b.write ? NBD_CMD_WRITE : NBD_CMD_READ), .cookie = slot,
-                                .offset = htobe64((b.seed >> 33) % b.blocks * b.block), .length = htobe32(b.block)};
-        memcpy(b.out + n, &r, sizeof r); /* a write's payload is whatever lies behind */
+                                .type = htobe16(config.write ? NBD_CMD_WRITE : NBD_CMD_READ), .cookie = slot,
+                                .offset = htobe64((b->seed >> 33) % b->blocks * config.block),
+                                .length = htobe32(config.block)};
+        memcpy(b->out + n, &r, sizeof r); /* a write's payload is whatever lies behind */
         n += each;
-        b.sent_ns[slot] = now;
+        b->sent_ns[slot] = now;
     }
-    send_all(b.fd, b.out, n);
+    send_all(b->fd, b->out, n);
 }
 
-static void complete(uint64_t cookie, uint32_t error, uint64_t now)
+static void complete(struct connection *b, uint64_t cookie, uint32_t error, uint64_t now)
 {
-    if (error || cookie >= b.depth) {
+    if (error || cookie >= config.depth) {
         errno = error ? (int)error : EPROTO;
         fail("a request failed");
     }
-    b.latency[bucket(now - b.sent_ns[cookie])]++;
-    b.free_list[b.free_count++] = cookie;
-    b.done++;
+    b->latency[bucket(now - b->sent_ns[cookie])]++;
+    b->free_list[b->free_count++] = cookie;
+    b->done++;
 }
 
 /* Takes whole reply headers from the stream and counts payload away. */
-static void parse(struct stream *s)
+static void parse(struct connection *b)
 {
+    struct stream *s = &b->in;
     uint64_t now = now_ns();
     for (;;) {
         size_t have = s->end - s->begin, part = have < s->skip ? have : s->skip;
@@ -174,9 +189,9 @@ static void parse(struct stream *s)
         if (nbd_get32(p) == NBD_SIMPLE_REPLY_MAGIC) {
             struct nbd_simple_reply r;
             memcpy(&r, p, sizeof r);
-            complete(r.cookie, be32toh(r.error), now);
+            complete(b, r.cookie, be32toh(r.error), now);
             s->begin += sizeof r;
-            s->skip = b.write ? 0 : b.block;
+            s->skip = config.write ? 0 : config.block;
         } else {
             struct nbd_chunk r;
             if (have < sizeof r)
@@ -187,7 +202,7 @@ static void parse(struct stream *s)
                 fail("a reply has the wrong magic");
             }
             if (be16toh(r.flags) & NBD_REPLY_FLAG_DONE)
-                complete(r.cookie, be16toh(r.type) & 0x8000 ? EIO : 0, now);
+                complete(b, r.cookie, be16toh(r.type) & 0x8000 ? EIO : 0, now);
             s->begin += sizeof r;
             s->skip = be32toh(r.length);
         }
@@ -197,22 +212,23 @@ static void parse(struct stream *s)
     s->begin = 0;
 }
 
-static void receive(struct stream *s)
+static void receive(struct connection *b)
 {
-    ssize_t n = recv(b.fd, s->buffer + s->end, s->size - s->end, 0);
+    struct stream *s = &b->in;
+    ssize_t n = recv(b->fd, s->buffer + s->end, s->size - s->end, 0);
     if (n <= 0) {
         errno = n ? errno : ECONNRESET;
         fail("receive");
     }
     s->end += n;
-    parse(s);
+    parse(b);
 }
 
-static double percentile(double part)
+static double percentile(const struct connection *b, double part)
 {
     uint64_t sum = 0;
     for (unsigned i = 0; i < BUCKETS; i++)
-        if ((sum += b.latency[i]) >= b.done * part)
+        if ((sum += b->latency[i]) >= b->done * part)
             return bucket_us(i);
     return bucket_us(BUCKETS - 1);
 }
@@ -224,51 +240,101 @@ static double cpu_us(void)
     return (u.ru_utime.tv_sec + u.ru_stime.tv_sec) * 1e6 + u.ru_utime.tv_usec + u.ru_stime.tv_usec;
 }
 
-static int connect_to(const char *path)
+static int connect_to(const char *address)
 {
-    struct sockaddr_un a = {.sun_family = AF_UNIX};
-    int fd = socket(AF_UNIX, SOCK_STREAM, 0), buffer = 4 << 20;
-    strncpy(a.sun_path, path, sizeof a.sun_path - 1);
-    setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &buffer, sizeof buffer);
-    if (fd < 0 || connect(fd, (struct sockaddr *)&a, sizeof a))
-        fail(path);
+    struct sockaddr_un local = {.sun_family = AF_UNIX};
+    struct sockaddr_in remote = {.sin_family = AF_INET};
+    const char *colon = strrchr(address, ':');
+    bool inet = colon && !strchr(address, '/');
+    int fd = socket(inet ? AF_INET : AF_UNIX, SOCK_STREAM, 0), buffer = 4 << 20, one = 1, rc;
+    if (inet) {
+        char host[64] = "";
+        memcpy(host, address, (size_t)(colon - address) < sizeof host ? (size_t)(colon - address) : 0);
+        remote.sin_port = htons(strtoul(colon + 1, NULL, 10));
+        if (inet_pton(AF_INET, host, &remote.sin_addr) != 1) {
+            errno = EINVAL;
+            fail(address);
+        }
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+        rc = connect(fd, (struct sockaddr *)&remote, sizeof remote);
+    } else {
+        strncpy(local.sun_path, address, sizeof local.sun_path - 1);
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &buffer, sizeof buffer);
+        rc = connect(fd, (struct sockaddr *)&local, sizeof local);
+    }
+    if (fd < 0 || rc)
+        fail(address);
     return fd;
+}
+
+static void prepare(struct connection *b, unsigned number)
+{
+    b->fd = connect_to(config.address);
+    b->blocks = negotiate(b->fd, config.export, !config.simple) / config.block;
+    b->in.size = 4u << 20;
+    b->in.buffer = malloc(b->in.size);
+    b->out = calloc(config.depth, sizeof(struct nbd_request) + config.block);
+    if (!b->blocks || !b->out || !b->in.buffer) {
+        errno = EINVAL;
+        fail("the export is too small, or no memory");
+    }
+    for (unsigned i = 0; i < config.depth; i++)
+        b->free_list[b->free_count++] = i;
+    b->seed = number + 1;
+}
+
+static void *run(void *arg)
+{
+    struct connection *b = arg;
+    uint64_t begin = now_ns(), end = begin + (uint64_t)(config.seconds * 1e9), now;
+    while ((now = now_ns()) < end) {
+        send_requests(b);
+        receive(b);
+    }
+    b->took = (now - begin) / 1e9;
+    return NULL;
 }
 
 int main(int argc, char **argv)
 {
     if (argc < 2) {
-        fprintf(stderr, "usage: rawnbd SOCKET [read|write] [DEPTH] [BLOCK_SIZE] [SECONDS] [EXPORT] [simple]\n");
+        fprintf(stderr, "usage: rawnbd SOCKET|HOST:PORT [read|write] [DEPTH] [BLOCK_SIZE] [SECONDS] [EXPORT] "
+                        "[CONNECTIONS] [simple]\n");
         return 2;
     }
-    b.write = argc > 2 && !strcmp(argv[2], "write");
-    b.depth = argc > 3 ? strtoul(argv[3], NULL, 0) : 32;
-    b.block = argc > 4 ? strtoul(argv[4], NULL, 0) : 4096;
-    double seconds = argc > 5 ? strtod(argv[5], NULL) : 2;
-    b.fd = connect_to(argv[1]);
-    uint64_t size = negotiate(b.fd, argc > 6 ? argv[6] : "", !(argc > 7 && !strcmp(argv[7], "simple")));
-    b.blocks = b.block ? size / b.block : 0;
-    struct stream s = {.size = 4u << 20};
-    s.buffer = malloc(s.size);
-    b.out = b.depth && b.depth <= DEPTH_MAX ? calloc(b.depth, sizeof(struct nbd_request) + b.block) : NULL;
-    if (!b.blocks || !b.out || !s.buffer) {
+    config.address = argv[1];
+    config.write = argc > 2 && !strcmp(argv[2], "write");
+    config.depth = argc > 3 ? strtoul(argv[3], NULL, 0) : 32;
+    config.block = argc > 4 ? strtoul(argv[4], NULL, 0) : 4096;
+    config.seconds = argc > 5 ? strtod(argv[5], NULL) : 2;
+    config.export = argc > 6 ? argv[6] : "";
+    unsigned count = argc > 7 ? strtoul(argv[7], NULL, 0) : 1;
+    config.simple = argc > 8 && !strcmp(argv[8], "simple");
+    static struct connection connections[CONNECTIONS_MAX], all;
+    if (!config.depth || config.depth > DEPTH_MAX || !config.block || !count || count > CONNECTIONS_MAX) {
         errno = EINVAL;
-        fail("depth or block size");
+        fail("depth, block size or connections");
     }
-    for (unsigned i = 0; i < b.depth; i++)
-        b.free_list[b.free_count++] = i;
-    b.seed = 1;
-    double cpu = cpu_us();
-    uint64_t begin = now_ns(), end = begin + (uint64_t)(seconds * 1e9), now;
-    while ((now = now_ns()) < end) {
-        send_requests();
-        receive(&s);
+    for (unsigned i = 0; i < count; i++)
+        prepare(&connections[i], i);
+    double cpu = cpu_us(), iops = 0;
+    for (unsigned i = 1; i < count; i++)
+        if ((errno = pthread_create(&connections[i].thread, NULL, run, &connections[i])))
+            fail("thread");
+    run(&connections[0]);
+    for (unsigned i = 0; i < count; i++) {
+        struct connection *b = &connections[i];
+        if (i)
+            pthread_join(b->thread, NULL);
+        iops += b->done / b->took;
+        all.done += b->done;
+        for (unsigned n = 0; n < BUCKETS; n++)
+            all.latency[n] += b->latency[n];
     }
     cpu = cpu_us() - cpu;
-    double took = (now - begin) / 1e9;
     printf("{\"iops\": %.0f, \"bytes_per_s\": %.0f, \"p50_us\": %.2f, \"p99_us\": %.2f, \"requests\": %llu, "
            "\"client_cpu_us\": %.2f}\n",
-           b.done / took, b.done * (double)b.block / took, percentile(0.5), percentile(0.99),
-           (unsigned long long)b.done, b.done ? cpu / b.done : 0);
+           iops, iops * (double)config.block, percentile(&all, 0.5), percentile(&all, 0.99),
+           (unsigned long long)all.done, all.done ? cpu / all.done : 0);
     return 0;
 }

@@ -71,11 +71,19 @@ def vhost_rows(place: Place, pairs: int, seconds: float, only: str) -> list[Row]
 
 
 def nbd_rows(place: Place, pairs: int, seconds: float, only: str) -> list[Row]:
-    def fio(mode: str, depth: int, block: int = 4096) -> Load:
-        return loads.fio_nbd(mode, depth, block, SIZE, IMAGE, cpu=0)
+    def fio(mode: str, depth: int, block: int = 4096, jobs: int = 1) -> Load:
+        return loads.fio_nbd(mode, depth, block, SIZE, cpu=0, jobs=jobs)
 
-    def raw(mode: str, depth: int) -> Load:
-        return loads.raw_nbd(mode, depth, 4096, IMAGE, cpu=0)
+    def raw(mode: str, depth: int, connections: int = 1) -> Load:
+        return loads.raw_nbd(mode, depth, 4096, cpu=0, connections=connections)
+
+    def copy(out: bool) -> Load:
+        return loads.nbdcopy(place.raw, out, SIZE, cpu=0)
+
+    def peer(kind: str) -> servers.Server:
+        if kind == "qemu-nbd":
+            return servers.qemu_nbd(place.folder, place.raw, {1})
+        return servers.nbdkit(place.folder, place.raw, {1}, tcp=kind == "nbdkit, TCP")
 
     plan: list[tuple[str, str, Load, str, str]] = [
         ("NBD 4 KiB randread QD32, fio", "nbdkit", fio("randread", 32), "1.25x", "1.7x"),
@@ -83,21 +91,47 @@ def nbd_rows(place: Place, pairs: int, seconds: float, only: str) -> list[Row]:
         ("NBD 4 KiB randwrite QD32, fio", "nbdkit", fio("randwrite", 32), "1.25x", "1.7x"),
         ("NBD 4 KiB randwrite QD32, raw client", "nbdkit", raw("write", 32), "1.25x", "1.7x"),
         ("NBD 4 KiB randread QD1, fio", "nbdkit", fio("randread", 1), "1.3x", "2x"),
+        ("NBD 4 KiB randread QD1, raw client", "nbdkit", raw("read", 1), "1.3x", "2x"),
         ("NBD 4 KiB randread QD32, fio", "qemu-nbd", fio("randread", 32), "3x", "5x"),
         ("NBD 4 KiB randread QD32, raw client", "qemu-nbd", raw("read", 32), "3x", "5x"),
         ("NBD 4 KiB randread QD1, fio", "qemu-nbd", fio("randread", 1), "2x", "4x"),
-        ("NBD 4 KiB randread QD1, raw client", "qemu-nbd", raw("read", 1), "", ""),
+        ("NBD 4 KiB randread QD1, raw client", "qemu-nbd", raw("read", 1), "2x", "4x"),
+        ("NBD 4 connections, 4 KiB randread QD8 each, fio", "nbdkit", fio("randread", 8, jobs=4), "1.25x", "1.7x"),
+        ("NBD 4 connections, 4 KiB randread QD8 each, raw client", "nbdkit", raw("read", 8, 4), "1.25x", "1.7x"),
         ("NBD 1 MiB read QD4, fio", "nbdkit", fio("read", 4, MIB), "1x", "1.4x"),
+        ("NBD 1 MiB read QD4, fio", "qemu-nbd", fio("read", 4, MIB), "1x", "1.4x"),
+        ("NBD nbdcopy, whole image out", "nbdkit", copy(True), "1.1x", "1.4x"),
+        ("NBD nbdcopy, whole image in", "nbdkit", copy(False), "1.1x", "1.4x"),
+        ("NBD over TCP 4 KiB randread QD32, fio", "nbdkit, TCP", fio("randread", 32), "1.25x", "1.7x"),
+        ("NBD over TCP 4 KiB randread QD32, raw client", "nbdkit, TCP", raw("read", 32), "1.25x", "1.7x"),
+        ("NBD over TCP 4 KiB randread QD1, raw client", "nbdkit, TCP", raw("read", 1), "1.3x", "2x"),
     ]
     rows = []
-    for name, peer, load, must, aim in plan:
+    for name, kind, load, must, aim in plan:
         if only not in name:
             continue
-        start = servers.nbdkit if peer == "nbdkit" else servers.qemu_nbd
         with (
-            servers.ours("nbd", place.folder, place.store, IMAGE, {1}) as ours,
-            start(place.folder, place.raw, {1}) as theirs,
+            servers.ours("tcp" if "TCP" in kind else "nbd", place.folder, place.store, IMAGE, {1}) as ours,
+            peer(kind) as theirs,
         ):
+            rows.append(measure(Row(name, theirs.name, must, aim), ours, theirs, load, pairs, seconds))
+            print(report.line(rows[-1]), flush=True)
+    return rows
+
+
+def null_rows(place: Place, pairs: int, seconds: float, only: str) -> list[Row]:
+    """No store on either side: the transports, and where the load generators end."""
+    plan: list[tuple[str, str, Load, str, str]] = [
+        ("null store, vhost-user 4 KiB read QD32", "vhost", loads.vufe("randread", 32, 4096, SIZE, cpu=0), "2x", "4x"),
+        ("null store, NBD 4 KiB read QD32, raw client", "nbd", loads.raw_nbd("read", 32, 4096, cpu=0), "", ""),
+        ("null store, NBD 4 KiB read QD32, fio", "nbd", loads.fio_nbd("randread", 32, 4096, SIZE, cpu=0), "", ""),
+    ]
+    rows = []
+    for name, kind, load, must, aim in plan:
+        if only not in name:
+            continue
+        start = servers.storage_daemon if kind == "vhost" else servers.nbdkit
+        with servers.ours_null(kind, place.folder, {1}) as ours, start(place.folder, None, {1}) as theirs:
             rows.append(measure(Row(name, theirs.name, must, aim), ours, theirs, load, pairs, seconds))
             print(report.line(rows[-1]), flush=True)
     return rows
@@ -115,6 +149,7 @@ def main() -> None:
         place = Place(folder)
         rows = vhost_rows(place, options.pairs, options.seconds, options.only)
         rows += nbd_rows(place, options.pairs, options.seconds, options.only)
+        rows += null_rows(place, options.pairs, options.seconds, options.only)
         facts = scale.measure(folder, options.only)
         text = report.table(rows, facts)
         print(text)

@@ -1,9 +1,11 @@
-"""Load generators: fio's nbd engine, and two of our own in C: `rawnbd`, and the vhost-user front end `vufe`."""
+"""Load generators: fio's nbd engine, nbdcopy, and two of our own in C: `rawnbd` and the vhost-user front end `vufe`."""
 
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
+import time
 from pathlib import Path
 
 from tests.bench.pairs import Load, Sample
@@ -11,6 +13,7 @@ from tests.bench.servers import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"
+COPY_BLOCK = 256 << 10  # bytes of one of nbdcopy's requests
 
 
 def tool(name: str) -> Path:
@@ -18,19 +21,8 @@ def tool(name: str) -> Path:
     source, target = ROOT / f"native/bench/{name}.c", BUILD / name
     if not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
         BUILD.mkdir(parents=True, exist_ok=True)
-        command = [
-            "cc",
-            "-std=gnu11",
-            "-O2",
-            "-pthread",
-            "-I",
-            str(ROOT / "native"),
-            "-o",
-            str(target),
-            str(source),
-            "-lm",
-        ]
-        subprocess.run(command, check=True)
+        command = ["cc", "-std=gnu11", "-O2", "-pthread", "-I", str(ROOT / "native")]
+        subprocess.run([*command, "-o", str(target), str(source), "-lm"], check=True)
     return target
 
 
@@ -38,59 +30,75 @@ def pinned(cpu: int | None) -> list[str]:
     return ["taskset", "-c", str(cpu)] if cpu is not None else []
 
 
-def fio_nbd(mode: str, depth: int, block: int, size: int, export: str, cpu: int | None = None, jobs: int = 1) -> Load:
-    """`mode` as fio's rw=. `export`: name of the NBD export on our server; peers use the default one."""
+def children_cpu_us() -> float:
+    """Of programs run and ended so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (usage.ru_utime + usage.ru_stime) * 1e6
+
+
+def fio_nbd(mode: str, depth: int, block: int, size: int, cpu: int | None = None, jobs: int = 1) -> Load:
+    """`mode` as fio's rw=. `jobs`: processes, each with a connection of its own and `depth` requests in flight."""
 
     def load(server: Server, seconds: float) -> Sample:
-        name = export if server.name.startswith("librbd-py") else ""
-        uri = f"nbd+unix:///{name}?socket={server.socket}"
-        command = [*pinned(cpu), "fio", "--name=b", "--ioengine=nbd", f"--uri={uri}", f"--rw={mode}", f"--bs={block}"]
-        command += [
-            f"--iodepth={depth}",
-            f"--size={size}",
-            "--time_based",
-            f"--runtime={seconds}",
-            "--output-format=json",
-        ]
-        command += [f"--numjobs={jobs}", "--group_reporting", "--randrepeat=0", "--norandommap"]
+        command = [*pinned(cpu), "fio", "--name=b", "--ioengine=nbd", f"--uri={server.uri}", f"--rw={mode}"]
+        command += [f"--bs={block}", f"--iodepth={depth}", f"--size={size}", "--time_based", f"--runtime={seconds}"]
+        command += ["--output-format=json", f"--numjobs={jobs}", "--group_reporting", "--randrepeat=0", "--norandommap"]
         before = server.cpu_ns()
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         used = server.cpu_ns() - before
         job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
         side = job["write" if "write" in mode else "read"]
-        count = side["total_ios"]
         percentile = side["clat_ns"]["percentile"]
         return Sample(
             iops=side["iops"],
             p50_us=percentile["50.000000"] / 1000,
             p99_us=percentile["99.000000"] / 1000,
-            cpu_us=used / 1000 / count,
+            cpu_us=used / 1000 / side["total_ios"],
+            client_cpu_us=jobs * (job["usr_cpu"] + job["sys_cpu"]) / 100 * 1e6 / side["iops"],
         )
 
     return load
 
 
-def raw_nbd(mode: str, depth: int, block: int, export: str, cpu: int | None = None) -> Load:
+def raw_nbd(mode: str, depth: int, block: int, cpu: int | None = None, connections: int = 1) -> Load:
     """`rawnbd`, the cheapest NBD client there can be, so that the server is what is measured. `mode`: read or write, at
-    random offsets."""
+    random offsets. `depth`: on each connection."""
 
     def load(server: Server, seconds: float) -> Sample:
-        name = export if server.name.startswith("librbd-py") else ""
-        command = [
-            *pinned(cpu),
-            str(tool("rawnbd")),
-            str(server.socket),
-            mode,
-            str(depth),
-            str(block),
-            str(seconds),
-            name,
-        ]
+        command = [*pinned(cpu), str(tool("rawnbd")), server.address, mode, str(depth), str(block), str(seconds)]
         before = server.cpu_ns()
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run([*command, server.export, str(connections)], check=True, capture_output=True, text=True)
         used = server.cpu_ns() - before
         result = json.loads(done.stdout)
-        return Sample(result["iops"], result["p50_us"], result["p99_us"], used / 1000 / result["requests"])
+        cpu_us = used / 1000 / result["requests"]
+        return Sample(result["iops"], result["p50_us"], result["p99_us"], cpu_us, result["client_cpu_us"])
+
+    return load
+
+
+def nbdcopy(raw: Path, out: bool, size: int, cpu: int | None = None) -> Load:
+    """The whole image, again and again: to nowhere (`out`), or from `raw`. An I/O is a request of 256 KiB; p50 and p99
+    are of a whole copy."""
+
+    def load(server: Server, seconds: float) -> Sample:
+        ends = [server.uri, "null:"] if out else [str(raw), server.uri]
+        before, before_client = server.cpu_ns(), children_cpu_us()
+        begin = last = time.monotonic()
+        took: list[float] = []
+        while last - begin < seconds:
+            subprocess.run([*pinned(cpu), "nbdcopy", *ends], check=True)
+            now = time.monotonic()
+            took.append(now - last)
+            last = now
+        count = len(took) * size / COPY_BLOCK
+        took.sort()
+        return Sample(
+            iops=count / (last - begin),
+            p50_us=took[len(took) // 2] * 1e6,
+            p99_us=took[-1] * 1e6,
+            cpu_us=(server.cpu_ns() - before) / 1000 / count,
+            client_cpu_us=(children_cpu_us() - before_client) / count,
+        )
 
     return load
 
@@ -99,21 +107,9 @@ def vufe(mode: str, depth: int, block: int, size: int, cpu: int | None = None, p
     """`mode`: read, write, randread or randwrite."""
 
     def load(server: Server, seconds: float) -> Sample:
-        command = [
-            *pinned(cpu),
-            str(tool("vufe")),
-            str(server.socket),
-            f"mode={mode.removeprefix('rand')}",
-            f"qd={depth}",
-        ]
-        command += [
-            f"bs={block}",
-            f"span={size}",
-            f"seconds={seconds}",
-            "warmup=0",
-            f"wait={'poll' if polling else 'event'}",
-        ]
-        command += [f"seq={int(not mode.startswith('rand'))}"]
+        command = [*pinned(cpu), str(tool("vufe")), server.address, f"mode={mode.removeprefix('rand')}", f"qd={depth}"]
+        command += [f"bs={block}", f"span={size}", f"seconds={seconds}", "warmup=0"]
+        command += [f"wait={'poll' if polling else 'event'}", f"seq={int(not mode.startswith('rand'))}"]
         before = server.cpu_ns()
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         used = server.cpu_ns() - before

@@ -17,7 +17,7 @@ class Sample:
     p50_us: float  # latency
     p99_us: float
     cpu_us: float  # of the server, per I/O
-    client_cpu_us: float = 0.0  # of the load generator, per I/O
+    client_cpu_us: float = 0.0  # of the load generator, per I/O; 0 not measured
 
 
 @dataclass

@@ -22,11 +22,13 @@ def line(row: Row) -> str:
     ratios = row.ratios(iops)
     ours, theirs = (statistics.median(s.iops for s in side) for side in (row.ours, row.theirs))
     cpus = [statistics.median(s.cpu_us for s in side) for side in (row.ours, row.theirs)]
+    clients = [statistics.median(s.client_cpu_us for s in side) for side in (row.ours, row.theirs)]
+    client = f"{clients[0]:.2f} / {clients[1]:.2f}" if clients[0] else ""
     state = "" if not row.must else "reached" if row.ratio(iops) >= figure(row.must) else "SHORT"
     return (
         f"| {row.name} | {row.peer} | {ours:,.0f} / {theirs:,.0f} | **{row.ratio(iops):.2f}x** "
         f"({min(ratios):.2f}..{max(ratios):.2f}) | {row.must} / {row.aim} | {state} | "
-        f"{cpus[0]:.2f} / {cpus[1]:.2f} = {row.ratio(cpu):.2f}x | {row.ratio(p50):.2f}x |"
+        f"{cpus[0]:.2f} / {cpus[1]:.2f} = {row.ratio(cpu):.2f}x | {client} | {row.ratio(p50):.2f}x |"
     )
 
 
@@ -34,8 +36,9 @@ def table(rows: list[Row], facts: list[Fact]) -> str:
     lines = [
         f"Linux {platform.release()}, {os.cpu_count()} cores; server on CPU 1, load on CPU 0; page cache; same files.",
         "",
-        "| row | peer | IOPS ours / peer | ratio (min..max) | must / aim | | server CPU us per I/O | p50 ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| row | peer | IOPS ours / peer | ratio (min..max) | must / aim | | server CPU us per I/O | client's "
+        "| p50 ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *(line(row) for row in rows),
         "",
         "| fact | measured | must / aim | |",

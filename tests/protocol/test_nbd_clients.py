@@ -201,11 +201,12 @@ def test_server_killed_and_started_again_serves_what_was_flushed(served: Served)
 def test_raw_load_client_runs_against_the_server(served: Served, tmp_path: Path) -> None:
     program = tmp_path / "rawnbd"
     root = HERE.parents[1]
-    run("cc", "-O1", "-Wall", "-Werror", f"-I{root}/native", root / "native/bench/rawnbd.c", "-o", program)
+    run("cc", "-O1", "-pthread", "-Wall", "-Werror", f"-I{root}/native", root / "native/bench/rawnbd.c", "-o", program)
     for options in (
         ["read", "32", "4096", "0.1"],
         ["write", "8", "65536", "0.1"],
-        ["read", "1", "512", "0.1", "", "simple"],
+        ["read", "1", "512", "0.1", "", "1", "simple"],
+        ["read", "4", "4096", "0.1", "", "3"],
     ):
         result = json.loads(run(program, served.socket, *options))
         assert result["requests"] > 10 and 0 < result["p50_us"] <= result["p99_us"]
