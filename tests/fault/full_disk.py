@@ -13,12 +13,13 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from nbd_client import ENOSPC, FLUSH, WRITE, Client
 from stack import Stack, check_store, pool, rbdpy, stack
 
-from librbd_py import rbd
+from librbd_py import rados, rbd
 
 MIB = 1 << 20
 CHUNK = 256 << 10
@@ -143,6 +144,7 @@ def metadata(s: Stack, store: Path, ballast: Path) -> None:
         done = rbdpy(store, *command)
         assert done.returncode in (0, errno.ENOSPC), (command, done)
         assert "Traceback" not in done.stderr, done.stderr
+    by_the_page(store, ballast)
     verify(client, 8)
     assert write(client, 0) == 0
     ballast.unlink()
@@ -152,6 +154,26 @@ def metadata(s: Stack, store: Path, ballast: Path) -> None:
     succeeds(store, "snap", "create", "disk@afterwards")
     assert write(client, 0, 1) == 0
     verify(client, 1, 1)
+
+
+def by_the_page(store: Path, ballast: Path) -> None:
+    """With room for one page of the database's log at a time: enough to begin something, not to end it.
+    Commands on the image that the daemon serves must not wait for what will never be."""
+    for size in (10_000, 1000, 10):
+        with contextlib.suppress(rbd.Error, rados.Error), pool(store) as ioctx:
+            image = next(name for name in ("small", "renamed") if name in rbd.RBD().list(ioctx))
+            with rbd.Image(ioctx, image) as opened:
+                for number in range(1000):
+                    opened.metadata_set(f"key{size}-{number}", "v" * size)
+    for number in range(3):
+        with ballast.open("r+b") as file:
+            file.truncate(ballast.stat().st_size - 4096)
+        for command in (("snap", "create", f"disk@page{number}"), ("resize", "disk", "--size", f"{2 + number}G")):
+            begun = time.monotonic()
+            done = rbdpy(store, *command)
+            assert done.returncode in (0, errno.ENOSPC), (command, done)
+            assert "Traceback" not in done.stderr, done.stderr
+            assert time.monotonic() - begun < 15, command
 
 
 def removal(s: Stack, store: Path, ballast: Path) -> None:
