@@ -86,7 +86,7 @@ fuzz: setup-test ## fuzz every parser for FUZZ_SECONDS (default 600) each
 	@native/fuzz/run $(or $(FUZZ_SECONDS),600)
 
 bench: setup-test ## side by side with the named peers; writes tests/bench/results
-	@$(PY) -m tests.bench $(BENCH_ARGS)
+	@$(PY) -m tests.bench$(if $(filter ceph,$(STORE)),.ceph) $(BENCH_ARGS)
 
 soak: setup-test ## the long versions of the random and fault tests
 	@RBDPY_SOAK=1 $(PY) -m pytest -m "soak or not soak" $(PYTEST_ARGS)

@@ -26,6 +26,19 @@ def tool(name: str) -> Path:
     return target
 
 
+def image_tool() -> Path:
+    """Compiles native/bench/imgload.c together with the engine and the stores."""
+    sources = [ROOT / "native/bench/imgload.c"]
+    for folder in ("striping", "store", "engine"):
+        sources += sorted((ROOT / "native" / folder).glob("*.c"))
+    target = BUILD / "imgload"
+    if not target.exists() or target.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+        BUILD.mkdir(parents=True, exist_ok=True)
+        command = ["cc", "-std=gnu11", "-O2", "-fPIC", "-pthread", "-I", str(ROOT / "native"), "-o", str(target)]
+        subprocess.run([*command, *map(str, sources), "-ldl"], check=True)
+    return target
+
+
 def pinned(cpu: int | None) -> list[str]:
     return ["taskset", "-c", str(cpu)] if cpu is not None else []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from tests.bench.servers import Server
 
@@ -51,9 +52,10 @@ def p50(sample: Sample) -> float:
 
 
 Load = Callable[[Server, float], Sample]  # (server, seconds)
+S = TypeVar("S")
 
 
-def measure(row: Row, ours: Server, theirs: Server, load: Load, pairs: int, seconds: float) -> Row:
+def measure(row: Row, ours: S, theirs: S, load: Callable[[S, float], Sample], pairs: int, seconds: float) -> Row:
     """One warm-up of each, then `pairs` interleaved pairs."""
     for server in (ours, theirs):
         load(server, min(seconds, 1.0))

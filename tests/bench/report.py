@@ -32,9 +32,12 @@ def line(row: Row) -> str:
     )
 
 
-def table(rows: list[Row], facts: list[Fact]) -> str:
+ONE_MACHINE = "server on CPU 1, load on CPU 0; page cache; same files."
+
+
+def table(rows: list[Row], facts: list[Fact], where: str = ONE_MACHINE) -> str:
     lines = [
-        f"Linux {platform.release()}, {os.cpu_count()} cores; server on CPU 1, load on CPU 0; page cache; same files.",
+        f"Linux {platform.release()}, {os.cpu_count()} cores; {where}",
         "",
         "| row | peer | IOPS ours / peer | ratio (min..max) | must / aim | | server CPU us per I/O | client's "
         "| p50 ratio |",
@@ -68,7 +71,7 @@ def picture(rows: list[Row]) -> str:
     return "\n".join(out) + "\n"
 
 
-def write(text: str, rows: list[Row]) -> None:
+def write(text: str, rows: list[Row], prefix: str = "") -> None:
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "table.md").write_text(text)
-    (RESULTS / "ratios.svg").write_text(picture(rows))
+    (RESULTS / f"{prefix}table.md").write_text(text)
+    (RESULTS / f"{prefix}ratios.svg").write_text(picture(rows))
