@@ -12,6 +12,9 @@ rbdn_store *rbdn_rados_open(void *cluster, int64_t pool_id, const char *name_spa
                             int *err);
 /* Everything in flight, and all that comes, fails with err (-ESHUTDOWN). Final. Other stores: does nothing. */
 int rbdn_store_fence(rbdn_store *s, int err);
+/* What all stores on the cluster handle have at librados now, and how many operations have ended so far: to see that none
+ * does. -ENOENT: no store is open. */
+int rbdn_rados_progress(void *cluster, uint64_t *running, uint64_t *ended);
 /* Operations of the engine that travelled with a neighbour: reads, writes. */
 int rbdn_rados_merged(rbdn_store *s, uint64_t *reads, uint64_t *writes);
 

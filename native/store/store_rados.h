@@ -79,6 +79,7 @@ struct rados_client {
     uint32_t users;             /* stores */
     pthread_mutex_t lock;       /* guards all below */
     uint64_t ops, bytes;        /* at librados */
+    uint64_t ended;             /* operations, ever */
     uint64_t ops_max, bytes_max;
     struct call *first, **last; /* waiting */
 };

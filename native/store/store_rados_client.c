@@ -58,6 +58,22 @@ void rados_client_put(struct rados_client *c)
     pthread_mutex_unlock(&clients.lock);
 }
 
+int rbdn_rados_progress(void *cluster, uint64_t *running, uint64_t *ended)
+{
+    pthread_mutex_lock(&clients.lock);
+    struct rados_client *c = clients.first;
+    while (c && c->cluster != cluster)
+        c = c->next;
+    if (c) {
+        pthread_mutex_lock(&c->lock);
+        *running = c->ops;
+        *ended = c->ended;
+        pthread_mutex_unlock(&c->lock);
+    }
+    pthread_mutex_unlock(&clients.lock);
+    return c ? 0 : -ENOENT;
+}
+
 /* Locked. One operation may always run. */
 static bool fits(const struct rados_client *c, uint64_t bytes)
 {
@@ -85,6 +101,7 @@ struct call *rados_client_give(struct rados_client *c, uint64_t bytes)
     struct call *go = NULL, **last = &go;
     pthread_mutex_lock(&c->lock);
     c->ops--;
+    c->ended++;
     c->bytes -= bytes;
     for (struct call *next; (next = c->first) && fits(c, next->bytes);) {
         c->first = next->next;

@@ -7,6 +7,9 @@ import logging
 import os
 import select
 import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from librbd_py.native import check as check_native
@@ -14,8 +17,10 @@ from librbd_py.native import ffi, lib
 
 from .. import api
 from .connection import check, fail
+from .stall import TICK, StallWatch
 
 if TYPE_CHECKING:
+    from .connection import Connection
     from .context import RadosContext
     from .store import RadosStore
 
@@ -25,7 +30,9 @@ log = logging.getLogger(__name__)
 class WatchRing:
     """Of one connection; a thread from the first watch until the connection is shut down."""
 
-    def __init__(self) -> None:
+    def __init__(self, connection: Connection) -> None:
+        self._stall = StallWatch(connection, self._shut_out)
+        self._fenced = False  # set once; the thread then tells every watch
         self.pointer = lib.rbdn_watch_ring_new()
         if not self.pointer:
             raise OSError(errno.EMFILE, "no room for a watch")
@@ -34,7 +41,8 @@ class WatchRing:
         self._next = 1
         self._running: int | None = None  # token whose callback runs
         self._idle = threading.Condition(self._lock)  # `_running` changed
-        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._closing = False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="rbdpy-ceph-watch", daemon=True)
         self._thread.start()
 
@@ -59,33 +67,56 @@ class WatchRing:
         payload = ffi.new("char[]", lib.RBDN_PAYLOAD_MAX)
         poll = select.poll()
         poll.register(fd, select.POLLIN)
-        poll.register(self._stop, select.POLLIN)
-        while True:
-            ready = [number for number, _ in poll.poll()]
-            if self._stop in ready:
+        poll.register(self._wake, select.POLLIN)
+        due = time.monotonic() + TICK
+        while not self._closing:
+            poll.poll(max(0.0, due - time.monotonic()) * 1000)
+            for number in (self._wake, fd):
+                with suppress(BlockingIOError):
+                    os.eventfd_read(number)
+            if self._closing:
                 break
-            try:
-                os.eventfd_read(fd)
-            except BlockingIOError:
-                continue
+            if time.monotonic() >= due:
+                due = time.monotonic() + TICK
+                self._stall.tick()
+            if self._fenced:
+                self._fence_all()
             while lib.rbdn_watch_ring_next(self.pointer, event, payload):
                 self._deliver(event, payload)
-        os.close(self._stop)
+        os.close(self._wake)
         lib.rbdn_watch_ring_free(self.pointer)
 
-    def _deliver(self, event: Any, payload: Any) -> None:
+    def _shut_out(self) -> None:
+        """On any thread."""
+        self._fenced = True
+        os.eventfd_write(self._wake, 1)
+
+    def _fence_all(self) -> None:
+        self._fenced = False
         with self._lock:
-            watch = self._watches.get(event.token)
-            if watch is None:
-                return
-            self._running = event.token
-        try:
+            tokens = list(self._watches)
+        for token in tokens:
+            self._call(token, lambda watch: watch.lost(-errno.ESHUTDOWN))
+
+    def _deliver(self, event: Any, payload: Any) -> None:
+        def tell(watch: RadosWatch) -> None:
             if event.notify_id == 0:
                 watch.lost(event.error)
             else:
                 watch.notified(event.notify_id, event.notifier, event.cookie, ffi.buffer(payload, event.len)[:])
+
+        self._call(event.token, tell)
+
+    def _call(self, token: int, tell: Callable[[RadosWatch], None]) -> None:
+        with self._lock:
+            watch = self._watches.get(token)
+            if watch is None:
+                return
+            self._running = token
+        try:
+            tell(watch)
         except Exception:
-            log.exception("a callback of watch %d failed", event.cookie)
+            log.exception("a callback of watch %d failed", watch.cookie)
         finally:
             with self._idle:
                 self._running = None
@@ -98,7 +129,8 @@ class WatchRing:
 
     def close(self) -> None:
         """No watch is left. The thread frees the ring; on that thread itself nothing is waited for."""
-        os.eventfd_write(self._stop, 1)
+        self._closing = True
+        os.eventfd_write(self._wake, 1)
         if not self.is_current:
             self._thread.join()
 
@@ -121,7 +153,7 @@ class RadosWatch(api.Watch):
         self._error = error
         self._lock = threading.Lock()  # guards the next
         self._closed = False
-        self._ring: WatchRing = self._connection.ring(WatchRing)
+        self._ring: WatchRing = self._connection.ring(lambda: WatchRing(self._connection))
         self._token = self._ring.add(self)
         code = ffi.new("int *")
         self._watch = lib.rbdn_watch_new(self._ring.pointer, context.io, oid.encode(), self._token, timeout, code)
