@@ -24,11 +24,15 @@ class Daemon:
     -> stopped; kill() and start() may follow each other as often as wanted, and a restarted daemon serves what the
     one before it served."""
 
-    def __init__(self, folder: Path, store: str, arguments: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, store: str, arguments: tuple[str, ...] = (), program: tuple[str, ...] | None = None
+    ) -> None:
+        """`program`: what to run instead of the daemon of this installation."""
         self.folder = folder
         self.log = folder / "rbdpyd.log"
         self.socket = folder / "rbdpyd.sock"
-        self._command = [sys.executable, "-m", "qemu_glue.daemon", "--store", store, "--qmp", str(self.socket)]
+        self._command = [*(program or (sys.executable, "-m", "qemu_glue.daemon"))]
+        self._command += ["--store", store, "--qmp", str(self.socket)]
         self._command += ["--state", str(folder / "rbdpyd.json"), "-v", *arguments]
         self._process: subprocess.Popen[bytes] | None = None
         self._qmp: QMPClient | None = None
@@ -61,6 +65,20 @@ class Daemon:
         """The command's result. qemu.qmp.ExecuteError when the daemon refuses it."""
         assert self._qmp is not None
         return await self._qmp.execute(command, arguments)
+
+    async def event(self, name: str, timeout: float) -> dict[str, Any]:
+        """The data of the next event of that name; those before it are dropped. TimeoutError after `timeout` s."""
+        assert self._qmp is not None
+        events = self._qmp.events
+
+        async def wait() -> dict[str, Any]:
+            while True:
+                message = await events.get()
+                data = message.get("data", {})
+                if message["event"] == name and isinstance(data, dict):
+                    return data
+
+        return await asyncio.wait_for(wait(), timeout)
 
     def kill(self) -> None:
         """SIGKILL, as a crash. The connection is dropped."""

@@ -10,11 +10,13 @@ import asyncio
 import grp
 import logging
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from qemu_glue import shapes
 from qemu_glue.arguments import check
 from qemu_glue.exports import NBDServer, start_reactors, vhost_user_blk
+from qemu_glue.io_errors import ErrorEvents
 from qemu_glue.nodes import Node
 from qemu_glue.qmp_server import PACKAGE, VERSION
 from qemu_glue.qmp_wire import QMPError
@@ -38,6 +40,7 @@ class Service:
         self.exports: dict[str, ServedExport] = {}
         self.nbd: NBDServer | None = None
         self.quit = asyncio.Event()
+        self._errors = ErrorEvents(emit, asyncio.get_running_loop())
         self._state = state
         self._restoring = False
         self._lock = asyncio.Lock()
@@ -81,6 +84,7 @@ class Service:
             except OSError:
                 await asyncio.to_thread(node.close)
                 raise
+            node.on_error(partial(self._errors.report, name))
             self.nodes[name] = node
 
     async def blockdev_del(self, arguments: dict[str, Any]) -> None:
@@ -91,6 +95,7 @@ class Service:
                 raise QMPError(f"Node '{name}' is busy: node is used as block export")
             await asyncio.to_thread(node.close)
             del self.nodes[name]
+            self._errors.forget(name)
             await self._forget(f"node {name}")
 
     async def block_resize(self, arguments: dict[str, Any]) -> None:

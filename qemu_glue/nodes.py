@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
+from librbd_py.image.datapath import NativeImage
 from librbd_py.image.handle import ImageHandle
 from librbd_py.image.resize import resize
 from librbd_py.store import connect, default_url, is_ceph
@@ -86,6 +88,11 @@ class Node:
         if self.read_only:
             raise OSError(errno.EROFS, f"Block node is read-only: '{self.name}'")
         resize(self.handle, size, allow_shrink=True)
+
+    def on_error(self, handler: Callable[[bool, int], None]) -> None:
+        """`handler(read, errno)` runs on the event thread when the store fails requests. It must not block."""
+        if isinstance(self.handle.data, NativeImage):
+            self.handle.data.on_error = handler
 
     def throttle(self, iops: int, bytes_per_second: int) -> None:
         self.handle.native.throttle(iops, bytes_per_second)

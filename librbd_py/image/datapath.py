@@ -12,13 +12,15 @@ import itertools
 import os
 import select
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from librbd_py.native import check, ffi, lib
 
-from .events import EVENTS, LOCK_NEEDED, LOST
+from .events import EVENTS, IO_ERROR, LOCK_NEEDED, LOST, READ_ERROR
 from .plain import NO_MAP, ObjectMapKeeper
 from .view import ViewSpec
 
@@ -202,9 +204,19 @@ REAPER = Reaper()
 _IDS = itertools.count(1)
 
 
+def _happened(image: weakref.ref[NativeImage], lock_needed: Callable[[], None], kind: int, value: int) -> None:
+    made = image()
+    if kind in (LOCK_NEEDED, LOST):
+        lock_needed()
+    elif kind in (IO_ERROR, READ_ERROR) and made is not None and made.on_error is not None:
+        made.on_error(kind == READ_ERROR, -value)
+
+
 class NativeImage:
     """One image in the engine. `lock_needed` runs on the event thread when a write waits for the exclusive lock; it
-    must not block. States: open -> closed; after close() every call raises EBADF.
+    must not block. `on_error(read, errno)`, where set, runs there when the store fails requests.
+
+    States: open -> closed; after close() every call raises EBADF.
 
     Any thread may close while others are in the middle of a call: those fail with ESHUTDOWN or have completed. The
     engine's memory goes with the last reference to its pointer, and a call in progress holds one.
@@ -214,7 +226,8 @@ class NativeImage:
         self.id = next(_IDS)
         self._spec = spec
         self.object_map: ObjectMapKeeper = NO_MAP
-        EVENTS.on_image(self.id, lambda kind, value: lock_needed() if kind in (LOCK_NEEDED, LOST) else None)
+        self.on_error: Callable[[bool, int], None] | None = None
+        EVENTS.on_image(self.id, partial(_happened, weakref.ref(self), lock_needed))
         error = ffi.new("int *")
         view = View(spec)
         try:

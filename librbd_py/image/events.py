@@ -19,7 +19,9 @@ EXPORT_CONNECTED = 3
 EXPORT_DISCONNECTED = 4
 EXPORT_BROKEN = 5
 EXPORT_STOPPED = 6
+READ_ERROR = 8  # the store failed a read; IO_ERROR: a write or a flush. The value is -errno
 LOST = 7  # more unread events than the data plane holds: every handler gets it and asks for the state it cares about
+OF_IMAGES = (LOCK_NEEDED, IO_ERROR, READ_ERROR)
 
 Handler = Callable[[int, int], None]  # (event type, value)
 
@@ -27,7 +29,7 @@ log = logging.getLogger("librbd_py.events")
 
 
 class Dispatcher:
-    """Handlers by source: images (LOCK_NEEDED, IO_ERROR) and exports (the rest) number their sources apart."""
+    """Handlers by source: images (OF_IMAGES) and exports (the rest) number their sources apart."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -77,7 +79,7 @@ class Dispatcher:
             if kind == LOST:
                 handlers = [*self._images.values(), *self._exports.values()]
             else:
-                found = (self._images if kind in (LOCK_NEEDED, IO_ERROR) else self._exports).get(source)
+                found = (self._images if kind in OF_IMAGES else self._exports).get(source)
                 handlers = [found] if found is not None else []
         for handler in handlers:
             try:

@@ -79,7 +79,7 @@ void event_post(int type, uint64_t source, int64_t value)
     while (n != NONE && (events.slots[n].type != (uint32_t)type || events.slots[n].source != source))
         n = events.slots[n].chain;
     if (n != NONE) {
-        if (type != EVENT_IO_ERROR)
+        if (type != EVENT_IO_ERROR && type != EVENT_READ_ERROR)
             events.slots[n].value = value;
         list_remove(n);
         list_append(n);

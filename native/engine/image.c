@@ -124,9 +124,9 @@ void req_finish(struct req *r, int64_t result)
     }
 }
 
-void image_store_error(struct image *i, int err)
+void image_store_error(struct image *i, bool read, int err)
 {
-    event_post(EVENT_IO_ERROR, i->id, err);
+    event_post(read ? EVENT_READ_ERROR : EVENT_IO_ERROR, i->id, err);
     if (err == -ESHUTDOWN)
         gate_fence_stores(i, err);
 }

@@ -193,7 +193,8 @@ void image_run(struct image *, struct req *);   /* an admitted or internal reque
 void req_finish(struct req *, int64_t result);  /* of image_run, any thread */
 void req_complete(struct req *, int64_t result); /* the last step of req_finish */
 void req_refuse(struct req *, int err);         /* not admitted */
-void image_store_error(struct image *, int err); /* posts EVENT_IO_ERROR; -ESHUTDOWN fences */
+/* Posts EVENT_READ_ERROR or EVENT_IO_ERROR; -ESHUTDOWN fences. */
+void image_store_error(struct image *, bool read, int err);
 int image_check(const struct view *, const struct req *); /* 0, -EINVAL, -EROFS */
 int64_t iov_total(const struct iovec *, uint32_t count); /* bytes; -EINVAL on overflow */
 

@@ -134,7 +134,7 @@ void piece_finish_req(struct piece *p, int err)
 int piece_error(struct piece *p, int64_t result)
 {
     int err = result < -4095 || result == -EAGAIN ? -EIO : (int)result;
-    image_store_error(p->image, err);
+    image_store_error(p->image, p->req && p->req->type == REQ_READ, err);
     return err;
 }
 

@@ -50,11 +50,11 @@ def create(store: Path, name: str, size: int, **more: Any) -> None:
 class Stack:
     """A daemon with its state file; kill() and start() as often as wanted."""
 
-    def __init__(self, folder: Path, store: Path | str) -> None:
-        """`store`: an embedded store's folder, or a URL."""
+    def __init__(self, folder: Path, store: Path | str, program: tuple[str, ...] | None = None) -> None:
+        """`store`: an embedded store's folder, or a URL. `program`: what to run instead of the daemon."""
         self.folder = folder
         self.socket = folder / "nbd.sock"
-        self.daemon = Daemon(folder, store if isinstance(store, str) else f"embedded:{store}")
+        self.daemon = Daemon(folder, store if isinstance(store, str) else f"embedded:{store}", program=program)
         self._runner = asyncio.Runner()
         self._clients: list[Client] = []
 
@@ -64,6 +64,10 @@ class Stack:
     def qmp(self, command: str, **arguments: Any) -> Any:
         names = {key.replace("_", "-"): value for key, value in arguments.items()}
         return self._runner.run(self.daemon.execute(command, names))
+
+    def event(self, name: str, timeout: float = 20) -> dict[str, Any]:
+        """The data of the next event of that name."""
+        return self._runner.run(self.daemon.event(name, timeout))
 
     def serve(self, *images: str) -> None:
         """Each image as an NBD export of its name on one socket."""

@@ -321,12 +321,12 @@ static void a_store_that_fences_us_fences_the_image(void)
     m->fail_errno = -EIO;
     m->fail_count = 1;
     assert(finish(ask(i, REQ_READ, 0, 512, 0, 0)) == -EIO && finish(ask(i, REQ_READ, 0, 512, 0, 0)) == 0);
-    assert(next_event(&value) == EVENT_IO_ERROR && value == -EIO);
+    assert(next_event(&value) == EVENT_READ_ERROR && value == -EIO);
     m->fail_errno = -ESHUTDOWN;
     m->fail_count = 1;
     assert(finish(ask(i, REQ_READ, 0, 512, 0, 0)) == -ESHUTDOWN);
     assert(finish(ask(i, REQ_FLUSH, 0, 0, 0, 0)) == -ESHUTDOWN);
-    assert(next_event(&value) == EVENT_IO_ERROR && value == -ESHUTDOWN && next_event(NULL) == 0);
+    assert(next_event(&value) == EVENT_READ_ERROR && value == -ESHUTDOWN && next_event(NULL) == 0);
     end(i, m);
 }
 
