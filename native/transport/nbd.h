@@ -160,6 +160,7 @@ struct nbd_conn {
     uint32_t out_count;
     size_t out_bytes;
     size_t unread, unread_each;    /* bytes, as the socket counts: the peer has not read; a reply adds. 0 unknown */
+    uint32_t last_batch;           /* replies of the last send */
     struct nbd_slot *status_waiting; /* BLOCK_STATUS: one at a time on the pool */
     bool status_running;
 };

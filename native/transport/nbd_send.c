@@ -13,7 +13,7 @@
 #include "transport/nbd_socket.h"
 
 #define IOV_MAX_SENT 128
-#define PLENTY 12 /* replies: a batch may be counted as unread until its last byte is read, and then some to spare */
+#define SPARE 4 /* replies: what a client takes in the time we need to notice and to send */
 
 bool nbd_batch_full(const struct nbd_conn *c)
 {
@@ -90,6 +90,8 @@ int nbd_send(struct nbd_conn *c)
             consume(c, n);
             sent = true;
             replies -= c->out_count;
+            if (replies)
+                c->last_batch = replies;
             size_t unread = c->unread && replies ? nbd_socket_unread(c->watch.fd) : 0;
             if (unread > c->unread)
                 c->unread_each = (unread - c->unread) / replies;
@@ -99,11 +101,12 @@ int nbd_send(struct nbd_conn *c)
     return sent;
 }
 
-/* The client has plenty of replies to read before those in `out`. */
+/* The client has plenty of replies to read before those in `out`. A batch counts as unread until its last byte is read,
+ * so one of them may be nearly over. */
 static bool peer_busy(struct nbd_conn *c)
 {
     c->unread = nbd_socket_unread(c->watch.fd);
-    return c->unread_each && c->unread / c->unread_each >= PLENTY;
+    return c->unread_each && c->unread / c->unread_each >= c->last_batch + SPARE;
 }
 
 static void hold_over(struct nbd_conn *c)
