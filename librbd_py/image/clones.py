@@ -14,11 +14,12 @@ from librbd_py.store.api import ObjectContext
 
 from . import cls
 from .cls import call, text, u64
-from .directory import DEFAULTS, CreateOptions, create, remove_image, require_free, require_name
+from .directory import DEFAULTS, CreateOptions, create_unnamed, give_name, require_free, require_name
 from .handle import ImageHandle, announce, name_by_id
 from .header import Header, header_oid
 from .objects import ignoring
 from .snapshots import v1_children
+from .trash import remove_from_trash
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,12 @@ def clone(
         require_free(ctx, name)
         if clone_format == 1 and (parent_ctx.namespace or ctx.namespace):
             raise OSError(errno.EXDEV, "clones in namespaces need format 2")
-        image_id = create(ctx, name, header.size_at(parent.snap_id), inherited(header, options))
+        image_id = create_unnamed(ctx, name, header.size_at(parent.snap_id), inherited(header, options))
         try:
             attach(parent, ctx, image_id, clone_format)
+            give_name(ctx, name, image_id)
         except OSError:
-            remove_image(ctx, name)
+            remove_from_trash(ctx, image_id, force=True)
             raise
     return image_id
 

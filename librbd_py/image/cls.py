@@ -269,6 +269,11 @@ def get_id(ctx: ObjectContext, oid: str) -> str:
     return _ask(ctx, oid, "get_id").string()
 
 
+def id_in_directory(ctx: ObjectContext, name: str) -> str:
+    """ENOENT."""
+    return _ask(ctx, names.DIRECTORY, "dir_get_id", text(name)).string()
+
+
 def name_of(ctx: ObjectContext, image_id: str) -> str:
     """ENOENT: not in the directory (perhaps in the trash)."""
     return _ask(ctx, names.DIRECTORY, "dir_get_name", text(image_id)).string()

@@ -8,12 +8,14 @@ from librbd_py.store.api import NOSNAP, ObjectContext
 from . import cls, snapshots
 from .clones import attach, inherited
 from .diff import diff_iterate
-from .directory import DEFAULTS, CreateOptions, create, remove_image
+from .directory import DEFAULTS, CreateOptions, create_unnamed, give_name
 from .handle import ImageHandle
+from .header import header_oid
 from .io import before_write
 from .plain import read_view
 from .progress import Progress, report
 from .resize import resize
+from .trash import remove_from_trash
 
 CHUNK = 4 << 20  # bytes read and written at once
 
@@ -29,16 +31,17 @@ def copy(
     `directory.create` raises."""
     header = source.header
     size = header.size_at(source.snap_id)
-    image_id = create(ctx, name, size, _options(source, options))
+    image_id = create_unnamed(ctx, name, size, _options(source, options))
     try:
-        with ImageHandle.open(ctx, name) as dest:
+        with ImageHandle.open(ctx, image_id=image_id) as dest:
             metadata = cls.metadata(source.ctx, source.oid)
             if metadata:
                 ctx.exec(dest.oid, "rbd", "metadata_set", cls.encode_metadata(metadata))
             copy_range(source, dest, None, progress)
             dest.data.flush()
+        give_name(ctx, name, image_id)
     except BaseException:
-        remove_image(ctx, name)
+        remove_from_trash(ctx, image_id, force=True)
         raise
     return image_id
 
@@ -52,15 +55,16 @@ def deep_copy(
     flatten: bool = False,
     progress: Progress | None = None,
 ) -> str:
-    """A new image with content, user snapshots and, unless `flatten`, the parent. Returns its id."""
+    """A new image with content, user snapshots and, unless `flatten` or the parent's snapshot is in the trash, the
+    parent. Returns its id."""
     header = source.header
     order = [snap for snap in header.snaps.values() if snap.is_user]
     first_size = order[0].size if order else header.size
-    keeps_parent = not flatten and bool(header.overlap_at(NOSNAP)) and not order
-    image_id = create(ctx, name, first_size, _options(source, options))
+    keeps_parent = not flatten and not order and _parent_takes_clones(source)
+    image_id = create_unnamed(ctx, name, first_size, _options(source, options))
     before = source.snap_id
     try:
-        with ImageHandle.open(ctx, name) as dest:
+        with ImageHandle.open(ctx, image_id=image_id) as dest:
             if keeps_parent:
                 _same_parent(source, dest)
             metadata = cls.metadata(source.ctx, source.oid)
@@ -82,15 +86,21 @@ def deep_copy(
             else:
                 copy_range(source, dest, last, progress)
             dest.data.flush()
+        give_name(ctx, name, image_id)
     except BaseException:
         source.set_snapshot(None if before == NOSNAP else before)
-        with ImageHandle.open(ctx, name) as dest:
-            for snap_id in list(dest.header.snaps):
-                snapshots.remove(dest, snap_id)
-        remove_image(ctx, name)
+        remove_from_trash(ctx, image_id, force=True)
         raise
     source.set_snapshot(None if before == NOSNAP else before)
     return image_id
+
+
+def _parent_takes_clones(source: ImageHandle) -> bool:
+    spec = source.header.parent
+    if not source.header.overlap_at(NOSNAP):
+        return False
+    ctx = source.store.open(spec.pool_id, spec.pool_namespace)
+    return not cls.read_snapshots(ctx, header_oid(spec.image_id), [spec.snap_id])[0].is_trash
 
 
 def _same_parent(source: ImageHandle, dest: ImageHandle) -> None:

@@ -5,7 +5,9 @@ what a crash leaves behind is what `rbd` knows how to clean up.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from librbd_py.format import features as ft
@@ -110,84 +112,159 @@ def require_name(name: str) -> None:
 def require_free(ctx: ObjectContext, name: str) -> None:
     """EEXIST: there is an image (of either format) of that name."""
     if exists(ctx, names.old_header(name)) or exists(ctx, id_oid(name)):
+        _finish_naming(ctx, name)
         raise OSError(errno.EEXIST, f"image {name} exists")
 
 
 def create(ctx: ObjectContext, name: str, size: int, options: CreateOptions = DEFAULTS) -> str:
     """Makes an empty image of `size` bytes and returns its id. EEXIST, and what `plan` raises. ENOENT: no such
-    namespace."""
+    namespace. Cut short it leaves a name that cannot be opened; `remove_image` takes that away."""
     require_name(name)
     checked = plan(ctx, size, options)
     require_free(ctx, name)
     image_id = names.make_id(ctx.store.client.gid)
-    pool = checked.data_pool_id
-    prefix = names.data_prefix(image_id, None if pool is None else ctx.pool_id)
     ready = [call("dir_state_assert", u8(0))] if ctx.namespace else []
     ctx.write(names.DIRECTORY, [*ready, call("dir_add_image", text(name), text(image_id))])
-    undo: list[Callable[[], object]] = [
-        lambda: ctx.exec(names.DIRECTORY, "rbd", "dir_remove_image", text(name) + text(image_id))
-    ]
-    try:
+    with _undoing() as undo:
+        undo.append(lambda: _leave_directory(ctx, name, image_id))
         ctx.write(id_oid(name), [Create(exclusive=True), call("set_id", text(image_id))])
         undo.append(lambda: remove(ctx, id_oid(name)))
-        cls.create_header(
-            ctx,
-            header_oid(image_id),
-            size,
-            checked.layout.order,
-            checked.features,
-            prefix,
-            pool,
-            (checked.layout.stripe_unit, checked.layout.stripe_count) if checked.striped else None,
-        )
-        undo.append(lambda: remove(ctx, header_oid(image_id)))
-        if checked.features & ft.OBJECT_MAP:
-            object_map.resize(ctx, image_id, checked.layout.objects(size), locked=False)
+        _make(ctx, image_id, size, checked, undo)
+    return image_id
+
+
+def create_unnamed(ctx: ObjectContext, name: str, size: int, options: CreateOptions = DEFAULTS) -> str:
+    """As `create`, but the image has its name only after `give_name`: for images that are something only when they
+    are complete. Until then it is in the trash as one whose removal began, so that `remove_image`, ours or librbd's,
+    takes away what a crash left of it."""
+    require_name(name)
+    checked = plan(ctx, size, options)
+    require_free(ctx, name)
+    if ctx.namespace:
+        ctx.exec(names.DIRECTORY, "rbd", "dir_state_assert", u8(0))
+    image_id = names.make_id(ctx.store.client.gid)
+    now = cls.moment(time.time())
+    cls.trash_add(ctx, image_id, ftr.TrashImageSpec(ftr.SOURCE_REMOVING, name, now, now, ftr.STATE_REMOVING))
+    with _undoing() as undo:
+        undo.append(lambda: cls.trash_forget(ctx, image_id))
+        _make(ctx, image_id, size, checked, undo)
+    return image_id
+
+
+def give_name(ctx: ObjectContext, name: str, image_id: str) -> None:
+    """EEXIST: the name was taken meanwhile."""
+    ctx.write(id_oid(name), [Create(exclusive=True), call("set_id", text(image_id))])
+    with _undoing() as undo:
+        undo.append(lambda: remove(ctx, id_oid(name)))
+        ctx.write(names.DIRECTORY, [call("dir_add_image", text(name), text(image_id))])
+    cls.trash_forget(ctx, image_id)
+
+
+def _finish_naming(ctx: ObjectContext, name: str) -> None:
+    """An image that can be opened by its name, but is not in the directory and still in the trash: `give_name` was cut
+    short. (A removal begins with the trash and ends with the directory.)"""
+    with ignoring(errno.ENOENT):
+        image_id = cls.get_id(ctx, id_oid(name))
+        if cls.trash_get(ctx, image_id).source == ftr.SOURCE_REMOVING and not _in_directory(ctx, image_id):
+            ctx.write(names.DIRECTORY, [call("dir_add_image", text(name), text(image_id))])
+            cls.trash_forget(ctx, image_id)
+
+
+@contextmanager
+def _undoing() -> Iterator[list[Callable[[], object]]]:
+    """Takes the steps back, last first, when there is an OSError."""
+    undo: list[Callable[[], object]] = []
+    try:
+        yield undo
     except OSError:
         for step in reversed(undo):
             with ignoring(errno.ENOENT):
                 step()
         raise
-    return image_id
+
+
+def _make(ctx: ObjectContext, image_id: str, size: int, checked: Plan, undo: list[Callable[[], object]]) -> None:
+    """Header and object map."""
+    pool = checked.data_pool_id
+    prefix = names.data_prefix(image_id, None if pool is None else ctx.pool_id)
+    stripes = (checked.layout.stripe_unit, checked.layout.stripe_count) if checked.striped else None
+    undo.append(lambda: remove(ctx, header_oid(image_id)))
+    cls.create_header(ctx, header_oid(image_id), size, checked.layout.order, checked.features, prefix, pool, stripes)
+    if checked.features & ft.OBJECT_MAP:
+        object_map.resize(ctx, image_id, checked.layout.objects(size), locked=False)
+
+
+def _leave_directory(ctx: ObjectContext, name: str, image_id: str) -> None:
+    ctx.exec(names.DIRECTORY, "rbd", "dir_remove_image", text(name) + text(image_id))
+
+
+def _in_directory(ctx: ObjectContext, image_id: str) -> bool:
+    try:
+        cls.name_of(ctx, image_id)
+    except OSError as failure:
+        if failure.errno == errno.ENOENT:
+            return False
+        raise
+    return True
 
 
 def list_images(ctx: ObjectContext) -> list[tuple[str, str]]:
     """(name, id): those of the directory by name, then those whose removal began and has not ended."""
-    return [*cls.list_images(ctx).items(), *((spec.name, image_id) for image_id, spec in removals(ctx).items())]
+    named = cls.list_images(ctx)
+    ids = set(named.values())
+    rest = cls.trash_list(ctx).items()
+    return [
+        *named.items(),
+        *((spec.name, key) for key, spec in rest if spec.source == ftr.SOURCE_REMOVING and key not in ids),
+    ]
 
 
 def removals(ctx: ObjectContext) -> dict[str, ftr.TrashImageSpec]:
-    """id -> record of the images whose removal began and has not ended."""
-    return {image_id: spec for image_id, spec in cls.trash_list(ctx).items() if spec.source == ftr.SOURCE_REMOVING}
+    """id -> record of the images whose removal began and has not ended. An image that can still be opened by its name
+    is none of them, whatever the trash says: the first step of its removal or the last of its creation was cut off."""
+    found = cls.trash_list(ctx).items()
+    return {
+        key: spec for key, spec in found if spec.source == ftr.SOURCE_REMOVING and not leads_to(ctx, spec.name, key)
+    }
+
+
+def leads_to(ctx: ObjectContext, name: str, image_id: str) -> bool:
+    """Whether the image can be opened by this name."""
+    with ignoring(errno.ENOENT):
+        return cls.get_id(ctx, id_oid(name)) == image_id
+    return False
 
 
 def rename(ctx: ObjectContext, source: str, dest: str) -> None:
-    """ENOENT, EEXIST, EINVAL (no name)."""
+    """ENOENT, EEXIST, EINVAL (no name). Called again it goes on where it was cut short."""
     require_name(dest)
     with ImageHandle.open(ctx, source) as handle:
         rename_open(handle, dest)
+        if leads_to(ctx, source, handle.id):
+            remove(ctx, id_oid(source))
 
 
 def rename_open(handle: ImageHandle, dest: str) -> None:
     """Gives an open image another name. As `rename`."""
     require_name(dest)
-    require_free(handle.ctx, dest)
-    perform(
-        handle, lambda request: nf.Rename(dest, request), lambda: _rename(handle, dest), done_already=errno.EEXIST
-    )
+    if dest == handle.name or not leads_to(handle.ctx, dest, handle.id):
+        require_free(handle.ctx, dest)
+    perform(handle, lambda request: nf.Rename(dest, request), lambda: _rename(handle, dest), done_already=errno.EEXIST)
     handle.name = dest
 
 
 def _rename(handle: ImageHandle, dest: str) -> None:
     ctx, source = handle.ctx, name_by_id(handle.ctx, handle.id)
     with handle.exclusive():
-        ctx.write(id_oid(dest), [Create(exclusive=True), WriteFull(text(handle.id))])
-        try:
-            ctx.exec(names.DIRECTORY, "rbd", "dir_rename_image", text(source) + text(dest) + text(handle.id))
-        except OSError:
-            remove(ctx, id_oid(dest))
-            raise
-        remove(ctx, id_oid(source))
+        if not leads_to(ctx, dest, handle.id):
+            ctx.write(id_oid(dest), [Create(exclusive=True), WriteFull(text(handle.id))])
+        if source != dest:
+            try:
+                ctx.exec(names.DIRECTORY, "rbd", "dir_rename_image", text(source) + text(dest) + text(handle.id))
+            except OSError:
+                remove(ctx, id_oid(dest))
+                raise
+            remove(ctx, id_oid(source))
     handle.announce()
 
 
@@ -199,10 +276,13 @@ def remove_image(ctx: ObjectContext, name: str, progress: Progress | None = None
     from .trash import finish_removal, move_to_trash, remove_from_trash
 
     if not exists(ctx, id_oid(name)):
-        for image_id, spec in removals(ctx).items():
-            if spec.name == name:
-                remove_from_trash(ctx, image_id, force=True, progress=progress)
-                return
+        begun = [image_id for image_id, spec in removals(ctx).items() if spec.name == name]
+        for image_id in begun:
+            remove_from_trash(ctx, image_id, force=True, progress=progress)
+        if begun:
+            return
+    if _remove_half_made(ctx, name):
+        return
     with ImageHandle.open(ctx, name) as handle:
         image_id = handle.id
         with handle.exclusive():
@@ -213,8 +293,31 @@ def remove_image(ctx: ObjectContext, name: str, progress: Progress | None = None
     cls.trash_forget(ctx, image_id)
 
 
+def _remove_half_made(ctx: ObjectContext, name: str) -> bool:
+    """Whether there was a name, but no image: its creation was cut short."""
+    try:
+        image_id = cls.id_in_directory(ctx, name)
+        if exists(ctx, header_oid(image_id)):
+            return False
+        if exists(ctx, id_oid(name)) and cls.get_id(ctx, id_oid(name)) != image_id:
+            return False
+    except OSError as failure:
+        if failure.errno == errno.ENOENT:
+            return False
+        raise
+    remove(ctx, id_oid(name))
+    _leave_directory(ctx, name, image_id)
+    return True
+
+
 def check_removable(handle: ImageHandle) -> None:
-    """ENOTEMPTY, EBUSY, EMLINK (member of a group)."""
+    """ENOTEMPTY, EBUSY, EMLINK (member of a group). Snapshots in the trash that no clone needs go now."""
+    from .snapshots import forget_lost_children
+    from .snapshots import remove as remove_snapshot
+
+    for snap in list(handle.refresh().snaps.values()):
+        if snap.is_trash and not forget_lost_children(handle, snap.id):
+            remove_snapshot(handle, snap.id)
     header = handle.refresh()
     if any(not snap.is_trash for snap in header.snaps.values()):
         raise OSError(errno.ENOTEMPTY, f"image {handle.name} has snapshots")

@@ -86,12 +86,14 @@ def _disable(handle: ImageHandle, features: int) -> None:
     gives_up_lock = bool(features & ft.EXCLUSIVE_LOCK)
     with handle.quiesced():
         if features & ft.OBJECT_MAP:
+            # The maps go first: without the feature nobody would look for them. A missing map is an invalid one.
             handle.drop_map()
+            for snap_id in every:
+                remove(handle.ctx, map_oid(handle.id, snap_id))
         _set(handle, 0, features)
         if features & ft.OBJECT_MAP:
             for snap_id in every:
                 object_map.set_flags(handle.ctx, handle.oid, snap_id, 0, BOTH_INVALID)
-                remove(handle.ctx, map_oid(handle.id, snap_id))
         handle.refresh()
     if gives_up_lock:
         handle.lock_no_longer_used()

@@ -16,7 +16,7 @@ from librbd_py.store.api import NOSNAP, ObjectContext, Rollback
 from . import cls, object_map
 from .cls import Snapshot, call, text, u8, u64
 from .handle import ImageHandle, announce
-from .header import Header, header_oid
+from .header import Header, header_oid, load
 from .objects import ignoring
 from .plain import read_view
 from .progress import Progress, report
@@ -36,6 +36,16 @@ def find(header: Header, name: str) -> Snapshot:
     if snap is None:
         raise OSError(errno.ENOENT, f"no snapshot named {name!r}")
     return snap
+
+
+def find_removable(header: Header, name: str) -> Snapshot:
+    """As `find`; or one of that name that waits in the trash for no clone: its removal was cut short."""
+    if header.snap_named(name, fh.NAMESPACE_USER) is None:
+        for snap in header.snaps.values():
+            namespace = snap.namespace
+            if isinstance(namespace, fh.TrashNamespace) and namespace.original_name == name and not snap.children:
+                return snap
+    return find(header, name)
 
 
 def by_id(header: Header, snap_id: int) -> Snapshot:
@@ -117,15 +127,14 @@ def _remove(handle: ImageHandle, snap_id: int) -> None:
         snap = by_id(header, snap_id)
         if snap.protection != fh.PROTECTION_UNPROTECTED:
             raise OSError(errno.EBUSY, f"snapshot {snap.name!r} is protected")
-        if snap.is_trash and snap.children:
+        if snap.is_trash and forget_lost_children(handle, snap_id):
             raise OSError(errno.EBUSY, f"snapshot {snap.name!r} has clones")
         if not snap.is_trash:
             # In the trash nobody can clone it any more, so the children seen next are all there will be.
             with ignoring(errno.EEXIST):
                 handle.ctx.exec(handle.oid, "rbd", "snapshot_trash_add", u64(snap_id))
-        snap = by_id(handle.refresh(), snap_id)
-        if not snap.children:
-            _remove_now(handle, snap)
+        if not forget_lost_children(handle, snap_id):
+            _remove_now(handle, by_id(handle.header, snap_id))
     handle.announce()
 
 
@@ -173,6 +182,29 @@ def detach_child(handle: ImageHandle, before: Header) -> None:
         remove_trashed(parent_ctx, parent)
 
 
+def forget_lost_children(handle: ImageHandle, snap_id: int) -> int:
+    """How many format 2 clones a snapshot has, without those that are none: a clone is listed after it was tied to its
+    parent and struck out after it was untied, so a crash in between leaves an entry too many."""
+    count = 0
+    for child in cls.children(handle.ctx, handle.oid, snap_id):
+        if _is_clone(handle, snap_id, child):
+            count += 1
+            continue
+        log.info("image %s: snapshot %d lists a clone %s that is none", handle.id, snap_id, child.image_id)
+        with ignoring(errno.ENOENT):
+            handle.ctx.exec(handle.oid, "rbd", "child_detach", u64(snap_id) + cls.encoded(child))
+    handle.refresh()
+    return count
+
+
+def _is_clone(handle: ImageHandle, snap_id: int, child: ChildImageSpec) -> bool:
+    spec = ParentImageSpec(handle.ctx.pool_id, handle.ctx.namespace, handle.id, snap_id)
+    with ignoring(errno.ENOENT):
+        ctx = handle.store.open(child.pool_id, child.pool_namespace)
+        return load(ctx, child.image_id, read_only=True).parent == spec
+    return False
+
+
 def remove_trashed(ctx: ObjectContext, parent: ParentImageSpec) -> None:
     """Removes a snapshot that waited in the trash for its last clone to go. Failing to leaves it there."""
     try:
@@ -217,12 +249,26 @@ def unprotect(handle: ImageHandle, name: str) -> None:
     if snap.protection == fh.PROTECTION_UNPROTECTED:
         raise OSError(errno.EINVAL, f"snapshot {name!r} is not protected")
     _set_protection(handle, snap.id, fh.PROTECTION_UNPROTECTING)
-    if v1_children(handle, snap.id):
+    if forget_lost_v1_children(handle, snap.id):
         _set_protection(handle, snap.id, fh.PROTECTION_PROTECTED)
         handle.changed()
         raise OSError(errno.EBUSY, f"snapshot {name!r} has clones")
     _set_protection(handle, snap.id, fh.PROTECTION_UNPROTECTED)
     handle.changed()
+
+
+def forget_lost_v1_children(handle: ImageHandle, snap_id: int) -> int:
+    """As `forget_lost_children`, for clones of format 1."""
+    count = 0
+    spec = ParentImageSpec(handle.ctx.pool_id, handle.ctx.namespace, handle.id, snap_id)
+    for child in v1_children(handle, snap_id):
+        if _is_clone(handle, snap_id, child):
+            count += 1
+            continue
+        with ignoring(errno.ENOENT):
+            ctx = handle.store.open(child.pool_id)
+            ctx.exec(names.CHILDREN, "rbd", "remove_child", cls.parent_key(spec) + text(child.image_id))
+    return count
 
 
 def _set_protection(handle: ImageHandle, snap_id: int, status: int) -> None:

@@ -12,12 +12,13 @@ from librbd_py.store.api import NOSNAP, ObjectContext, WriteFull
 
 from . import cls
 from .cls import text
-from .directory import check_removable, require_free, require_name
+from .directory import check_removable, leads_to, require_free, require_name
 from .handle import ImageHandle
 from .header import header_oid, id_oid, map_oid
 from .objects import exists, ignoring, remove
 from .progress import Progress
 from .resize import trim
+from .snapshots import remove as remove_snapshot
 
 
 def move_to_trash(handle: ImageHandle, source: int, delay: float) -> None:
@@ -25,6 +26,8 @@ def move_to_trash(handle: ImageHandle, source: int, delay: float) -> None:
     ctx, image_id, name = handle.ctx, handle.id, handle.name
     now = time.time()
     spec = ftr.TrashImageSpec(source, name, cls.moment(now), cls.moment(now + delay), ftr.STATE_MOVING)
+    with ignoring(errno.ENOENT):
+        cls.trash_forget(ctx, image_id)  # left by a move that was cut short
     cls.trash_add(ctx, image_id, spec)
     remove(ctx, id_oid(name))
     with ignoring(errno.ENOENT):
@@ -33,8 +36,14 @@ def move_to_trash(handle: ImageHandle, source: int, delay: float) -> None:
 
 
 def move(ctx: ObjectContext, name: str, delay: float = 0) -> None:
-    """ENOENT."""
-    with ImageHandle.open(ctx, name) as handle:
+    """ENOENT. Called again it goes on where it was cut short."""
+    begun = None
+    if not exists(ctx, id_oid(name)):
+        moving = (ftr.SOURCE_USER, name, ftr.STATE_MOVING)
+        found = cls.trash_list(ctx).items()
+        begun = next((key for key, spec in found if (spec.source, spec.name, spec.state) == moving), None)
+    with ImageHandle.open(ctx, name if begun is None else None, image_id=begun) as handle:
+        handle.name = name
         with handle.exclusive():
             if cls.group_of(ctx, handle.oid)[0] != -1:
                 raise OSError(errno.EMLINK, f"image {name} belongs to a group")
@@ -42,13 +51,15 @@ def move(ctx: ObjectContext, name: str, delay: float = 0) -> None:
 
 
 def restore(ctx: ObjectContext, image_id: str, name: str | None = None) -> None:
-    """Back under its old name or a new one. ENOENT: not in the trash; EEXIST; EINVAL: it is being removed."""
+    """Back under its old name or a new one. ENOENT: not in the trash; EEXIST; EINVAL: it is being removed. Called again
+    it goes on where it was cut short."""
     spec = cls.trash_get(ctx, image_id)
     if spec.source in (ftr.SOURCE_REMOVING, ftr.SOURCE_MIGRATION):
         raise OSError(errno.EINVAL, f"image {image_id} is being removed")
     name = name or spec.name
     require_name(name)
-    require_free(ctx, name)
+    if spec.state != ftr.STATE_RESTORING or not leads_to(ctx, name, image_id):
+        require_free(ctx, name)
     cls.trash_state(ctx, image_id, ftr.STATE_RESTORING, spec.state)
     ctx.write(id_oid(name), [WriteFull(text(image_id))])
     with ignoring(errno.EEXIST):
@@ -64,10 +75,18 @@ def remove_from_trash(
     spec = cls.trash_get(ctx, image_id)
     if cls.seconds(spec.deferment_end_time) > time.time() and not force:
         raise OSError(errno.EPERM, f"image {image_id} is kept until its time has come")
-    if spec.state not in (ftr.STATE_NORMAL, ftr.STATE_REMOVING):
+    if spec.source == ftr.SOURCE_REMOVING:
+        if leads_to(ctx, spec.name, image_id):
+            raise OSError(errno.EBUSY, f"image {image_id} is named {spec.name}: remove it by its name")
+        with ignoring(errno.ENOENT):
+            ctx.exec(names.DIRECTORY, "rbd", "dir_remove_image", text(spec.name) + text(image_id))
+    elif spec.state not in (ftr.STATE_NORMAL, ftr.STATE_REMOVING):
         raise OSError(errno.EBUSY, f"image {image_id} is being moved or restored")
     if exists(ctx, header_oid(image_id)):
         with ImageHandle.open(ctx, image_id=image_id) as handle, handle.exclusive():
+            if spec.source == ftr.SOURCE_REMOVING:
+                for snap_id in list(handle.header.snaps):  # of a copy that was not completed: nobody has seen them
+                    remove_snapshot(handle, snap_id)
             check_removable(handle)
             cls.trash_state(ctx, image_id, ftr.STATE_REMOVING, spec.state)
             finish_removal(handle, progress)
@@ -94,15 +113,13 @@ def finish_removal(handle: ImageHandle, progress: Progress | None) -> None:
 
 def entries(ctx: ObjectContext) -> dict[str, ftr.TrashImageSpec]:
     """id -> record; images that are just being removed are not shown."""
-    return {
-        image_id: spec
-        for image_id, spec in cls.trash_list(ctx).items()
-        if spec.source != ftr.SOURCE_REMOVING and spec.state != ftr.STATE_REMOVING
-    }
+    return {image_id: spec for image_id, spec in cls.trash_list(ctx).items() if spec.source != ftr.SOURCE_REMOVING}
 
 
 def purge(ctx: ObjectContext, before: float) -> None:
     """Removes everything whose time came before `before` (seconds since 1970). ENOTEMPTY as for images."""
     for image_id, spec in cls.trash_list(ctx).items():
+        if spec.source == ftr.SOURCE_REMOVING and leads_to(ctx, spec.name, image_id):
+            continue
         if cls.seconds(spec.deferment_end_time) < before:
             remove_from_trash(ctx, image_id, force=True)

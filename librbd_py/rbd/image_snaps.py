@@ -51,7 +51,7 @@ class ImageSnaps:
         """With RBD_SNAP_REMOVE_UNPROTECT and _FLATTEN what stands in the way is done first."""
         snap, flags = text(name, "name"), number(flags)
         with rbd_errors(f"error removing snapshot {snap!r} from {self.label}"):
-            found = snapshots.find(self.handle.header, snap)
+            found = snapshots.find_removable(self.handle.header, snap)
             if flags & RBD_SNAP_REMOVE_FLATTEN:
                 flatten_children(self.handle, found.id)
             if flags & RBD_SNAP_REMOVE_UNPROTECT and found.protection:

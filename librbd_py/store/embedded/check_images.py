@@ -13,7 +13,7 @@ from librbd_py.format.header import Parent, Snap, decode_children, snap_children
 from .. import layout as native
 from . import content
 from .folder import Folder
-from .layouts import of_header
+from .layouts import LayoutRow, of_header
 from .objects import Row, load_row
 from .schema import MAP_IN_LAYOUT
 
@@ -90,12 +90,13 @@ class ImageChecker:
         self.c = c
         self._checker = checker
         self._data = data
-        self._headers: dict[tuple[int, str, str], Header] = {}  # (pool, namespace, image id)
+        self.headers: dict[tuple[int, str, str], Header] = {}  # (pool, namespace, image id)
+        self._load()
 
     def _found(self, severity: str, where: str, what: str, advice: str) -> None:
         self._checker.found(severity, where, what, advice)
 
-    def run(self) -> None:
+    def _load(self) -> None:
         for pool, namespace, oid in self.c.execute(
             "SELECT pool, ns, oid FROM objects WHERE present AND oid>=? AND oid<?",
             (names.HEADER_PREFIX, names.HEADER_PREFIX[:-1] + "/"),
@@ -103,12 +104,23 @@ class ImageChecker:
             row = load_row(self.c, pool, namespace, oid)
             assert row is not None
             header = Header(self, row, (pool, namespace, oid))
-            self._headers[pool, namespace, header.image_id] = header
-        spaces = {(pool, namespace) for pool, namespace, _ in self._headers}
+            self.headers[pool, namespace, header.image_id] = header
+
+    def believes_map(self, row: LayoutRow) -> bool:
+        """Whether readers believe the object map that the layout keeps."""
+        header = self.headers.get((row.header_pool, row.namespace, row.header[len(names.HEADER_PREFIX) :]))
+        if header is None or header.features is None:
+            return True
+        return bool(
+            header.features & features.OBJECT_MAP and not (header.flags or 0) & features.FLAG_OBJECT_MAP_INVALID
+        )
+
+    def run(self) -> None:
+        spaces = {(pool, namespace) for pool, namespace, _ in self.headers}
         spaces.update(self.c.execute("SELECT DISTINCT pool, ns FROM objects WHERE oid=?", (names.DIRECTORY,)))
         for pool, namespace in sorted(spaces):
             self._directory(pool, namespace)
-        for header in self._headers.values():
+        for header in self.headers.values():
             self._header(header)
             self._family(header)
             self._maps(header)
@@ -139,7 +151,7 @@ class ImageChecker:
                 self._found(
                     _ERROR, where, f"image {name!r} has id {image_id!r}, which is not {name!r}", "rename the image"
                 )
-            if (pool, namespace, image_id) not in self._headers:
+            if (pool, namespace, image_id) not in self.headers:
                 self._found(_ERROR, where, f"image {name!r}: header of {image_id!r} is missing", "remove the image")
             row = load_row(self.c, pool, namespace, names.id_object(name))
             held = content.read_data(self.c, row.id, 0, row.size) if row and row.present and row.size else b""
@@ -156,7 +168,7 @@ class ImageChecker:
                     _ERROR, where, f"id {image_id!r} is called {name!r}, which is another image", "rename the image"
                 )
         trash = {key[len(b"id_") :].decode(errors="replace") for key, _ in self._omap(pool, namespace, names.TRASH)}
-        for space in self._headers:
+        for space in self.headers:
             if space[:2] == (pool, namespace) and space[2] not in by_id and space[2] not in trash:
                 self._found(_WARNING, where, f"image with id {space[2]!r} has a header and no name", _REMOVE)
 
@@ -187,19 +199,19 @@ class ImageChecker:
                     "flatten its clones",
                 )
             for pool, namespace, image_id in children:
-                child = self._headers.get((pool, namespace, image_id))
+                child = self.headers.get((pool, namespace, image_id))
                 if child is None or not self._is_parent(header, snap.id, child):
                     self._found(
                         _WARNING,
                         header.oid,
                         f"snapshot {snap.id} lists clone {image_id!r} in pool {pool}, which is none of its clones",
-                        "detach it, or the snapshot cannot be removed",
+                        "it goes when the snapshot is removed",
                     )
         parent = header.parent
         if parent is None or not parent.exists:
             return
         spec = parent.spec
-        above = self._headers.get((spec.pool_id, spec.pool_namespace, spec.image_id))
+        above = self.headers.get((spec.pool_id, spec.pool_namespace, spec.image_id))
         if above is None or spec.snap_id not in above.snaps:
             self._found(
                 _ERROR,

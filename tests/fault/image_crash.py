@@ -1,0 +1,422 @@
+"""Operations on images, killed at the Nth change of the store, and what is found afterwards.
+
+Run as a program it is a server: it has no threads and no store open, so it forks a child for each line of JSON it
+reads, and answers with the child's status and output. A fork is twenty times quicker than a new interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from librbd_py import rbd
+from librbd_py.format import features as ft
+from librbd_py.image import clones, directory, map_check, snapshots
+from librbd_py.image.datapath import READ, NativeImage
+from librbd_py.image.directory import CreateOptions
+from librbd_py.store.api import NO_SNAPS, ObjectContext, OmapGetKeys, SnapContext
+from librbd_py.store.embedded import EmbeddedStore
+from librbd_py.store.embedded.check import check
+from librbd_py.store.embedded.context import EmbeddedContext
+
+R = rbd.RBD()
+ORDER = 13  # 8 KiB objects
+SIZE = 10 << ORDER
+MAPPED = ft.LAYERING | ft.EXCLUSIVE_LOCK | ft.OBJECT_MAP | ft.FAST_DIFF | ft.DEEP_FLATTEN
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`run` on what `prepare` made; called again after a kill it ends in the same state, or finds that it is done."""
+
+    prepare: Callable[[ObjectContext], None]
+    run: Callable[[ObjectContext], None]
+
+
+# --- what is killed -----------------------------------------------------------------------------------------------
+
+
+def fill(io: ObjectContext, name: str = "disk") -> None:
+    """Ten objects, two snapshots, changes before, between and after them."""
+    R.create(io, name, SIZE, ORDER, False, MAPPED)
+    with rbd.Image(io, name) as image:
+        image.write(b"1" * (4 << ORDER), 0)
+        image.create_snap("one")
+        image.write(b"2" * (2 << ORDER), 3 << ORDER)
+        image.create_snap("two")
+        image.write(b"3" * 5000, 4 << ORDER)
+        image.write(b"4" * 100, 9 << ORDER)
+        image.metadata_set("key", "value")
+
+
+def plain(io: ObjectContext) -> None:
+    fill(io)
+    with rbd.Image(io, "disk") as image:
+        image.remove_snap("one")
+        image.remove_snap("two")
+
+
+def family(io: ObjectContext) -> None:
+    """A clone with a snapshot, written to in part."""
+    fill(io)
+    R.clone(io, "disk", "two", io, "kid", MAPPED, ORDER)
+    with rbd.Image(io, "kid") as kid:
+        kid.write(b"5" * 100, 1 << ORDER)
+        kid.create_snap("early")
+        kid.write(b"6" * 100, 3 << ORDER)
+
+
+def old_family(io: ObjectContext) -> None:
+    """A clone of format 1."""
+    fill(io)
+    with rbd.Image(io, "disk") as image:
+        image.protect_snap("two")
+    clones.clone(io, "disk", "two", io, "kid", CreateOptions(ORDER, MAPPED), clone_format=1)
+    with rbd.Image(io, "kid") as kid:
+        kid.write(b"5" * 100, 1 << ORDER)
+
+
+def last_clone(io: ObjectContext) -> None:
+    """A clone whose parent's snapshot waits in the trash for it to go."""
+    fill(io)
+    R.clone(io, "disk", "two", io, "kid", MAPPED, ORDER)
+    with rbd.Image(io, "disk") as image:
+        image.remove_snap("two")
+
+
+def trashed(io: ObjectContext) -> None:
+    plain(io)
+    R.trash_move(io, "disk", 0)
+
+
+def mapless(io: ObjectContext) -> None:
+    fill(io)
+    with rbd.Image(io, "disk") as image:
+        image.update_features(ft.OBJECT_MAP, False)
+
+
+def on(name: str, call: Callable[[rbd.Image], object]) -> Callable[[ObjectContext], None]:
+    def run(io: ObjectContext) -> None:
+        with rbd.Image(io, name) as image:
+            call(image)
+
+    return run
+
+
+def deep_copy(io: ObjectContext) -> None:
+    with rbd.Image(io, "disk") as image:
+        image.deep_copy(io, "copy")
+
+
+def restore(io: ObjectContext) -> None:
+    for entry in R.trash_list(io):
+        R.trash_restore(io, entry["id"], "back")
+
+
+def purge(io: ObjectContext) -> None:
+    for image_id in R.trash_list(io):
+        R.trash_remove(io, image_id["id"], True)
+
+
+def with_map(image: rbd.Image) -> None:
+    if not image.features() & ft.OBJECT_MAP:
+        image.update_features(ft.OBJECT_MAP, True)
+    image.rebuild_object_map()
+
+
+def create(io: ObjectContext) -> None:
+    """What a crash left of an image has its name; removing it gives the name back."""
+    try:
+        rbd.Image(io, "new", read_only=True).close()
+    except rbd.ImageNotFound:
+        if "new" in R.list(io):
+            R.remove(io, "new")
+    R.create(io, "new", SIZE, ORDER, False, MAPPED)
+
+
+def copy(io: ObjectContext) -> None:
+    with rbd.Image(io, "disk", snapshot="two") as image:
+        image.copy(io, "copy")
+
+
+def protected(io: ObjectContext) -> None:
+    fill(io)
+    with rbd.Image(io, "disk") as image:
+        image.protect_snap("one")
+
+
+OPERATIONS = {
+    "create": Operation(lambda io: None, create),
+    "snapshot create": Operation(fill, on("disk", lambda image: image.create_snap("new"))),
+    "snapshot remove": Operation(fill, on("disk", lambda image: image.remove_snap("one"))),
+    "snapshot rename": Operation(fill, on("disk", lambda image: image.rename_snap("one", "1"))),
+    "protect": Operation(fill, on("disk", lambda image: image.protect_snap("one"))),
+    "unprotect": Operation(protected, on("disk", lambda image: image.unprotect_snap("one"))),
+    "copy": Operation(fill, copy),
+    "rollback": Operation(fill, on("disk", lambda image: image.rollback_to_snap("one"))),
+    "grow": Operation(fill, on("disk", lambda image: image.resize(SIZE + (3 << ORDER)))),
+    "shrink": Operation(fill, on("disk", lambda image: image.resize((3 << ORDER) + 100))),
+    "shrink a clone": Operation(family, on("kid", lambda image: image.resize((2 << ORDER) + 100))),
+    "clone": Operation(fill, lambda io: R.clone(io, "disk", "two", io, "kid", MAPPED, ORDER)),
+    "flatten": Operation(family, on("kid", lambda image: image.flatten())),
+    "flatten format 1": Operation(old_family, on("kid", lambda image: image.flatten())),
+    "rename": Operation(fill, lambda io: R.rename(io, "disk", "renamed")),
+    "remove": Operation(plain, lambda io: R.remove(io, "disk")),
+    "remove the last clone": Operation(last_clone, lambda io: R.remove(io, "kid")),
+    "remove a clone of format 1": Operation(old_family, lambda io: R.remove(io, "kid")),
+    "deep copy": Operation(fill, deep_copy),
+    "trash move": Operation(fill, lambda io: R.trash_move(io, "disk", 0)),
+    "trash restore": Operation(trashed, restore),
+    "trash remove": Operation(trashed, purge),
+    "object map off": Operation(fill, on("disk", lambda image: image.update_features(ft.OBJECT_MAP, False))),
+    "object map on": Operation(mapless, on("disk", with_map)),
+}
+
+
+# --- the kill -----------------------------------------------------------------------------------------------------
+
+
+class Fuse:
+    """Counts changes; the process dies before number `at`."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.count = 0
+
+    def burn(self) -> None:
+        self.count += 1
+        if self.count == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FusedContext(EmbeddedContext):
+    fuse: Fuse
+
+    def write(self, oid: str, ops: Any, snapc: SnapContext = NO_SNAPS) -> list[Any]:
+        self.fuse.burn()
+        return super().write(oid, ops, snapc)
+
+    def snap_create(self) -> int:
+        self.fuse.burn()
+        return super().snap_create()
+
+    def snap_remove(self, snap_id: int) -> None:
+        self.fuse.burn()
+        super().snap_remove(snap_id)
+
+
+class FusedStore(EmbeddedStore):
+    fuse: Fuse
+
+    def open(self, pool: str | int, namespace: str = "") -> FusedContext:
+        plain = super().open(pool, namespace)
+        made = FusedContext(self, plain.pool_id, namespace)
+        made.fuse = self.fuse
+        return made
+
+
+def run(name: str, folder: str, at: int) -> object:
+    """The operation, with a fuse; the number of changes when it came through."""
+    fuse = Fuse(at)
+    io_of, copyup = NativeImage._io, NativeImage.copyup
+
+    def fused_io(self: NativeImage, kind: int, *args: Any, **kwargs: Any) -> int:
+        if kind != READ:
+            fuse.burn()
+        return io_of(self, kind, *args, **kwargs)
+
+    def fused_copyup(self: NativeImage, objno: int) -> bool:
+        fuse.burn()
+        return copyup(self, objno)
+
+    NativeImage._io, NativeImage.copyup = fused_io, fused_copyup  # type: ignore[method-assign]
+    with FusedStore(folder) as store:
+        store.fuse = fuse
+        OPERATIONS[name].run(store.open("rbd"))
+    return fuse.count
+
+
+def prepare(name: str, folder: str) -> object:
+    with EmbeddedStore(folder, create=True) as store:
+        OPERATIONS[name].prepare(store.open("rbd"))
+    return None
+
+
+# --- what is found ------------------------------------------------------------------------------------------------
+
+
+def content(image: rbd.Image) -> int:
+    return zlib.crc32(image.read(0, image.size())) if image.size() else 0
+
+
+def maps(image: rbd.Image) -> list[str]:
+    try:
+        return map_check.differences(image.handle)
+    except FileNotFoundError as failure:
+        return [f"{failure.strerror}"]
+
+
+def describe(io: ObjectContext, name: str, labels: dict[str, str]) -> dict[str, Any]:
+    """All that a user sees of an image, and what its object maps have wrong."""
+    with rbd.Image(io, name, read_only=True) as image:
+        snaps = []
+        for snap in list(image.list_snaps()):
+            labels[f"{snap['id']:016x}"] = snap["name"] if snap["namespace"] == 0 else "trashed"
+            protected = snap["namespace"] == 0 and image.is_protected_snap(snap["name"])
+            image.set_snap_by_id(snap["id"])
+            kids = sorted(child["image"] for child in image.list_children2())
+            snaps.append([labels[f"{snap['id']:016x}"], snap["size"], content(image), protected, kids, image.overlap()])
+            image.set_snap(None)
+        header = image.handle.header
+        return {
+            "size": image.size(),
+            "content": content(image),
+            "features": image.features(),
+            "flags": image.flags(),
+            "operations": image.op_features(),
+            "overlap": image.overlap(),
+            "parent": header.parent.exists,
+            "metadata": list(image.metadata_list()),
+            "snapshots": snaps,
+            "maps": maps(image) if header.has(ft.OBJECT_MAP) else None,
+        }
+
+
+def survey(folder: str) -> dict[str, Any]:
+    """The images, and every object and directory entry by names that do not change from run to run."""
+    with EmbeddedStore(folder) as store:
+        io = store.open("rbd")
+        labels: dict[str, str] = {}
+        images: dict[str, Any] = {}
+        for entry in R.trash_list(io):
+            labels[entry["id"]] = f"trash {entry['name']}"
+        for name in R.list(io):
+            try:
+                with rbd.Image(io, name, read_only=True) as image:
+                    labels[image.id()] = name
+                images[name] = describe(io, name, labels)
+            except (OSError, rbd.Error) as failure:
+                images[name] = f"cannot be opened: {failure}"
+        rows = []
+        for oid in io.objects():
+            kind, *parts = oid.split(".")
+            if kind == "rbd_data":  # its number is no snapshot
+                parts[0] = labels.get(parts[0], parts[0])
+            else:
+                parts = [labels.get(part, part) for part in parts]
+            rows.append(".".join([kind, *parts]))
+            if oid in ("rbd_directory", "rbd_children", "rbd_trash"):
+                for key in io.read(oid, [OmapGetKeys()])[0][0]:
+                    text = key.decode(errors="replace")
+                    for image_id, label in labels.items():
+                        text = text.replace(image_id, label)
+                    rows.append(f"{oid}: {text}" if oid != "rbd_children" else f"{oid}: a clone")
+        return {"images": images, "trash": sorted(labels[e["id"]] for e in R.trash_list(io)), "objects": sorted(rows)}
+
+
+def tidy(folder: str) -> list[str]:
+    """What the check finds; when it finds something, its advice is followed."""
+    findings = [str(finding) for finding in check(folder, repair=True)]
+    if not findings:
+        return []
+    with EmbeddedStore(folder) as store:
+        io = store.open("rbd")
+        for finding in findings:
+            if lost := re.search(r"keeps data for snapshot (\d+)", finding):
+                io.snap_remove(int(lost[1]))
+        for image_id in directory.removals(io):
+            R.trash_remove(io, image_id, True)
+        for name in R.list(io):
+            with rbd.Image(io, name) as image:
+                for snap in list(image.list_snaps()):
+                    snapshots.forget_lost_v1_children(image.handle, snap["id"])
+                    kids = snapshots.forget_lost_children(image.handle, snap["id"])
+                    if snap["namespace"] == rbd.RBD_SNAP_NAMESPACE_TYPE_TRASH and not kids:
+                        image.remove_snap_by_id(snap["id"])
+                if image.features() & ft.OBJECT_MAP and maps(image):
+                    image.rebuild_object_map()
+    return findings
+
+
+def resume(name: str, folder: str) -> dict[str, Any]:
+    """After a kill: what is there, what calling again does, what the check finds then, and what is there at the end."""
+    found: dict[str, Any] = {"killed": survey(folder)}
+    try:
+        with EmbeddedStore(folder) as store:
+            OPERATIONS[name].run(store.open("rbd"))
+        found["again"] = "done"
+    except (OSError, rbd.Error) as failure:
+        found["again"] = repr(failure)
+    found["check"] = tidy(folder)
+    found["end"] = survey(folder)
+    found["check at the end"] = [str(finding) for finding in check(folder)]
+    return found
+
+
+# --- the server ---------------------------------------------------------------------------------------------------
+
+CALLS: dict[str, Callable[..., object]] = {"prepare": prepare, "run": run, "survey": survey, "resume": resume}
+
+
+class Server:
+    def __enter__(self) -> Server:
+        root = Path(__file__).parents[2]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.fault.image_crash"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root,
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(30)
+
+    def call(self, what: str, *args: object) -> Any:
+        """What the function returned; None when it was killed. AssertionError when it raised."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps([what, *args]) + "\n")
+        self._process.stdin.flush()
+        status, result = json.loads(self._process.stdout.readline())
+        assert status in (0, signal.SIGKILL), f"{what} {args}: status {status}\n{result}"
+        return result if status == 0 else None
+
+
+def main() -> None:
+    for line in sys.stdin:
+        what, *args = json.loads(line)
+        with tempfile.TemporaryFile() as out:
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    os.write(out.fileno(), json.dumps(CALLS[what](*args)).encode())
+                    code = 0
+                except BaseException as failure:
+                    import traceback
+
+                    os.write(out.fileno(), json.dumps("".join(traceback.format_exception(failure))).encode())
+                finally:
+                    os._exit(code)
+            _, status = os.waitpid(pid, 0)
+            out.seek(0)
+            text = out.read().decode()
+            print(
+                json.dumps([os.WTERMSIG(status) or os.WEXITSTATUS(status), json.loads(text) if text else None]),
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
