@@ -92,8 +92,9 @@ def in_thread(job: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 def test_one_cluster_and_user_is_one_client(url: str, ceph_conf: str) -> None:
     with connect(url) as one, connect(f"{url}?user=admin") as two, connect(ceph_conf) as three:
         assert one.client == two.client == three.client
-        with connect(f"{url}?log_max_recent=100") as other:
-            assert other.client.gid != one.client.gid
+        for apart in ("log_max_recent=100", "rbdpy_connection=2"):
+            with connect(f"{url}?{apart}") as other:
+                assert other.client.gid != one.client.gid
         with face.Rados(conffile=ceph_conf) as cluster:
             assert cluster.get_instance_id() == one.client.gid
             assert cluster.get_addrs() == one.client.address

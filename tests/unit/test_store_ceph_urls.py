@@ -22,6 +22,7 @@ from librbd_py.store.rados import ClusterOptions, connection, make_url, parse_ur
         ("rados:/b?user=client.vm", ClusterOptions("/b", "client.vm")),
         ("ceph?user=a%26b", ClusterOptions(None, "client.a&b")),
         ("ceph:/with%20space%3F", ClusterOptions("/with space?")),
+        ("ceph?rbdpy_connection=2", ClusterOptions(hints=(("rbdpy_connection", "2"),))),
         (
             "ceph?mon_host=[::1]:6789&keyring=/k",
             ClusterOptions(options=(("keyring", "/k"), ("mon_host", "[::1]:6789"))),

@@ -25,6 +25,7 @@ from .context import RadosContext
 from .watches import RadosWatch
 
 _APPLICATION = "rbd"
+CONNECTION = "rbdpy_connection"  # the option that tells connections apart
 _COUNTERS = (
     "num_bytes",
     "num_kb",
@@ -45,14 +46,15 @@ _TARGETS = {"mon": lib.RBDN_TO_MON, "mgr": lib.RBDN_TO_MGR, "osd": lib.RBDN_TO_O
 
 
 def parse_url(url: str, base: ClusterOptions | None = None) -> ClusterOptions:
-    """`ceph[:CONF][?user=NAME&OPTION=VALUE...]`, percent-encoded where needed; OPTION is any of Ceph's, as `keyring`.
-    What the URL does not say comes from `base`. EINVAL."""
+    """`ceph[:CONF][?user=NAME&OPTION=VALUE...]`, percent-encoded where needed; OPTION is any of Ceph's, as `keyring`, or
+    `rbdpy_connection`: URLs that differ in it do not share a connection. What the URL does not say comes from `base`.
+    EINVAL."""
     base = base or ClusterOptions()
     where, _, query = url.partition("?")
     kind, _, conf = where.partition(":")
     if kind not in ("ceph", "rados"):
         raise OSError(errno.EINVAL, f"{url!r} names no Ceph cluster; use ceph:/etc/ceph/ceph.conf?user=admin")
-    name, options = base.name, dict(base.options)
+    name, options, hints = base.name, dict(base.options), dict(base.hints)
     for part in query.split("&") if query else []:
         option, equals, value = part.partition("=")
         value = unquote(value)
@@ -60,9 +62,12 @@ def parse_url(url: str, base: ClusterOptions | None = None) -> ClusterOptions:
             raise OSError(errno.EINVAL, f"{url!r}: {part!r} is not OPTION=VALUE")
         if option == "user":
             name = entity(value)
+        elif option == CONNECTION:
+            hints[option] = value
         else:
             options[option] = value
-    return replace(base, conf=unquote(conf) or base.conf, name=name, options=tuple(sorted(options.items())))
+    found = {"options": tuple(sorted(options.items())), "hints": tuple(sorted(hints.items()))}
+    return replace(base, conf=unquote(conf) or base.conf, name=name, **found)
 
 
 def make_url(conf: str = "", **options: str) -> str:
