@@ -46,9 +46,9 @@ _TARGETS = {"mon": lib.RBDN_TO_MON, "mgr": lib.RBDN_TO_MGR, "osd": lib.RBDN_TO_O
 
 
 def parse_url(url: str, base: ClusterOptions | None = None) -> ClusterOptions:
-    """`ceph[:CONF][?user=NAME&OPTION=VALUE...]`, percent-encoded where needed; OPTION is any of Ceph's, as `keyring`, or
-    `rbdpy_connection`: URLs that differ in it do not share a connection. What the URL does not say comes from `base`.
-    EINVAL."""
+    """`ceph[:CONF][?user=NAME&OPTION=VALUE...]`, percent-encoded where needed; OPTION is any of Ceph's, as `keyring`,
+    or `rbdpy_connection`: URLs that differ in it do not share a connection. What the URL does not say comes from
+    `base`. EINVAL."""
     base = base or ClusterOptions()
     where, _, query = url.partition("?")
     kind, _, conf = where.partition(":")
@@ -66,8 +66,13 @@ def parse_url(url: str, base: ClusterOptions | None = None) -> ClusterOptions:
             hints[option] = value
         else:
             options[option] = value
-    found = {"options": tuple(sorted(options.items())), "hints": tuple(sorted(hints.items()))}
-    return replace(base, conf=unquote(conf) or base.conf, name=name, **found)
+    return replace(
+        base,
+        conf=unquote(conf) or base.conf,
+        name=name,
+        options=tuple(sorted(options.items())),
+        hints=tuple(sorted(hints.items())),
+    )
 
 
 def make_url(conf: str = "", **options: str) -> str:
