@@ -116,6 +116,9 @@ class Faults:
         rows = self._mon("osd dump")["pools"]
         return any("full" in row["flags_names"].split(",") for row in rows if row["pool_name"] == pool)
 
+    def wait_full(self, pool: str, full: bool = True) -> None:
+        self._until(lambda: self.pool_is_full(pool) == full, f"pool {pool} to be {'full' if full else 'full no more'}")
+
     def fill(self, full: bool = True) -> None:
         """Every OSD says that its device is full, or no more. Returns when the pools know."""
         from .admin import Admin
@@ -126,7 +129,7 @@ class Faults:
                 words = {"type": "full" if full else "none"}
                 admin.osd(number, "injectfull", **words)
         for pool in options.pools:
-            self._until(lambda pool=pool: self.pool_is_full(pool) == full, f"pool {pool} to be full")  # type: ignore[misc]
+            self.wait_full(pool, full)
 
     def blocklist(self, address: str, seconds: int = 3600) -> None:
         """`ip:port/nonce` of a client."""

@@ -139,6 +139,9 @@ def configuration(options: Options, folder: Path, fsid: str, mon_ports: tuple[in
         "mon osd adjust down out interval": "false",
         "mon osd min down reporters": 1,
         "mon osd reporter subtree level": "osd",
+        "mgr stats period": 1,
+        "mgr tick period": 1,
+        "mon tick interval": 1,  # when quotas are looked at
         "osd client watch timeout": 6,
         "objecter tick interval": 1,  # else a watch of 6 seconds is renewed too late
     }

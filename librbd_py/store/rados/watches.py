@@ -201,7 +201,10 @@ class RadosWatch(api.Watch):
                 return
             self._closed = True
         self._ring.remove(self._token)
-        # Fails when the cluster has dropped the watch before: it is gone, which is what was asked for.
-        lib.rbdn_watch_end(self._watch, self._connection.handle)
+        # Of a client that is shut out the cluster has dropped all watches, and an OSD that hangs would never say so:
+        # what is left in librados ends with the connection (and our 72 bytes stay, for its callbacks).
+        if not self._connection.fenced:
+            # Fails when the cluster has dropped the watch before: it is gone, which is what was asked for.
+            lib.rbdn_watch_end(self._watch, self._connection.handle)
         self._store.forget_watch(self)
         self._connection.release()
