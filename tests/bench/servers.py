@@ -126,7 +126,9 @@ def ours_null(kind: str, folder: Path, cpus: set[int] | None) -> Server:
 def storage_daemon(folder: Path, raw: Path | None, cpus: set[int] | None) -> Server:
     """qemu-storage-daemon's vhost-user-blk export of a raw file (buffered, io_uring), or of null-co without one."""
     path = folder / "qsd.sock"
-    node = f"driver=file,node-name=f,filename={raw},aio=io_uring" if raw else "driver=null-co,node-name=f,size=1G"
+    node = (
+        f"driver=file,node-name=f,filename={raw},aio=io_uring" if raw else "driver=null-co,node-name=f,size=1073741824"
+    )
     command = ["qemu-storage-daemon", "--blockdev", node]
     command += ["--export", f"type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={path},writable=on"]
     return Server("qemu-storage-daemon" + (" null-co" if raw is None else ""), command, path, cpus)
