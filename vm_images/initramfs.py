@@ -21,6 +21,17 @@ MODULES = (
     "drivers/acpi/button",
     "drivers/input/evdev",
 )
+KRBD_MODULES = (
+    *MODULES,
+    "net/core/failover",
+    "drivers/net/net_failover",
+    "drivers/net/virtio_net",
+    "arch/x86/crypto/crc32c-intel",
+    "lib/libcrc32c",
+    "net/dns_resolver/dns_resolver",
+    "net/ceph/libceph",
+    "drivers/block/rbd",
+)
 
 
 def newc(entries: list[tuple[str, int, bytes]]) -> bytes:
@@ -48,20 +59,31 @@ def blkstamp() -> Path:
 
 def initramfs(kernel: Kernel) -> Path:
     """gzip'ed archive; equal inputs give equal bytes."""
-    stamp, init = blkstamp(), GUEST / "init"
+    return _archive(kernel, "init", MODULES)
+
+
+def krbd_initramfs(kernel: Kernel) -> Path:
+    """As `initramfs`, for a guest that maps images itself (guest/krbd)."""
+    return _archive(kernel, "krbd", KRBD_MODULES)
+
+
+def _archive(kernel: Kernel, script: str, modules: tuple[str, ...]) -> Path:
+    stamp, init = blkstamp(), GUEST / script
 
     def build(target: Path) -> None:
         folder, program, plain = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o755, stat.S_IFREG | 0o644
         names = ("bin", "dev", "modules", "proc", "sys", "tmp")
+        order = " ".join(Path(module).name for module in modules)
         entries: list[tuple[str, int, bytes]] = [(name, folder, b"") for name in names]
         entries += [
             ("bin/blkstamp", program, stamp.read_bytes()),
             ("bin/busybox", program, BUSYBOX.read_bytes()),
             ("init", program, init.read_bytes()),
+            ("modules/order", plain, order.encode()),
         ]
-        for module in MODULES:
+        for module in modules:
             entries.append((f"modules/{Path(module).name}.ko", plain, (kernel.modules / f"{module}.ko").read_bytes()))
         target.write_bytes(gzip.compress(newc(entries), compresslevel=9, mtime=0))
 
-    name = key(kernel.version, stamp.read_bytes(), init.read_bytes(), BUSYBOX.read_bytes(), *MODULES)
+    name = key(kernel.version, stamp.read_bytes(), init.read_bytes(), BUSYBOX.read_bytes(), *modules)
     return cached(f"initramfs-{name}.gz", build)

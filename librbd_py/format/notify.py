@@ -1,7 +1,7 @@
 """Messages on `rbd_header.<id>`: what clients of an image tell and ask each other through notify.
 
-Every message of version 7 (what Ceph 16 sends). Older versions lack the request id on some; it decodes as None. Unknown
-ops are kept as `Unknown`, so a lock owner can refuse them.
+Every message of version 7 (what Ceph 16 sends). Older versions lack fields (WatchNotifyTypes.cc says since when; krbd
+speaks version 2): a request id then decodes as None. Unknown ops are kept as `Unknown`: a lock owner can refuse them.
 """
 
 from __future__ import annotations
@@ -235,6 +235,10 @@ def _get_client(source: Decoder, version: int) -> ClientId:
     return ClientId(gid, source.u64())
 
 
+def _get_client_v2(source: Decoder, version: int) -> ClientId:
+    return _get_client(source, version) if version >= 2 else ClientId()
+
+
 def _put_request(out: Encoder, value: AsyncRequestId | None) -> None:
     if value is None:
         raise EncodeError("a message of version 7 needs a request id")
@@ -253,6 +257,10 @@ def _get_request_v7(source: Decoder, version: int) -> AsyncRequestId | None:
 
 def _get_namespace(source: Decoder, version: int) -> SnapshotNamespace:
     return decode_namespace(source) if version >= 6 else USER
+
+
+def _get_created_namespace(source: Decoder, version: int) -> SnapshotNamespace:
+    return decode_namespace(source) if version >= 5 else USER
 
 
 def _plain(read: Callable[[Decoder], Any]) -> Callable[[Decoder, int], Any]:
@@ -274,11 +282,11 @@ def _text(name: str) -> _Field:
     return _Field(name, Encoder.string, _plain(Decoder.string))
 
 
-def _flag(name: str) -> _Field:
-    return _Field(name, Encoder.bool, _plain(Decoder.bool))
+def _flag(name: str, since: int = 0, before: bool = False) -> _Field:
+    return _Field(name, Encoder.bool, lambda source, version: source.bool() if version >= since else before)
 
 
-_CLIENT = _Field("client", _put_client, _get_client)
+_CLIENT = _Field("client", _put_client, _get_client_v2)
 _REQUEST = _Field("request", _put_request, _get_request)
 _REQUEST_V7 = _Field("request", _put_request, _get_request_v7)
 _NAMESPACE = _Field("namespace", encode_namespace, _get_namespace)
@@ -287,13 +295,18 @@ _SNAP = (_text("name"), _NAMESPACE)
 _FIELDS: dict[type, tuple[_Field, ...]] = {
     AcquiredLock: (_CLIENT,),
     ReleasedLock: (_CLIENT,),
-    RequestLock: (_CLIENT, _flag("force")),
+    RequestLock: (_CLIENT, _flag("force", since=3)),
     HeaderUpdate: (),
     AsyncProgress: (_REQUEST, _u64("offset"), _u64("total")),
     AsyncComplete: (_REQUEST, _Field("result", Encoder.s32, _plain(Decoder.s32))),
     Flatten: (_REQUEST,),
-    Resize: (_u64("size"), _REQUEST, _flag("allow_shrink")),
-    SnapCreate: (*_SNAP, _REQUEST_V7, _u64("flags", since=7)),
+    Resize: (_u64("size"), _REQUEST, _flag("allow_shrink", since=4, before=True)),
+    SnapCreate: (
+        _text("name"),
+        _Field("namespace", encode_namespace, _get_created_namespace),
+        _REQUEST_V7,
+        _u64("flags", since=7),
+    ),
     SnapRemove: (*_SNAP, _REQUEST_V7),
     RebuildObjectMap: (_REQUEST,),
     SnapRename: (_u64("snap_id"), *_SNAP, _REQUEST_V7),

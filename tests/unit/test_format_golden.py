@@ -291,9 +291,22 @@ def test_an_unknown_op_is_kept() -> None:
 
 def test_old_messages_lack_the_request() -> None:
     out = Encoder()
-    with out.struct(5, 1):
+    with out.struct(4, 1):
         out.u32(8).string("snap")
     assert notify.decode(out.done()) == notify.SnapCreate("snap", header.USER, None, 0)
+    out = Encoder()
+    with out.struct(3, 1):
+        out.u32(7).u64(4096).u64(1).u64(2).u64(3)
+    request = notify.AsyncRequestId(notify.ClientId(1, 2), 3)
+    assert notify.decode(out.done()) == notify.Resize(4096, request, allow_shrink=True)
+
+
+def test_messages_as_krbd_writes_them() -> None:
+    """Version 2, which has no `force`."""
+    client = notify.ClientId(0x100A, 0xFFFF888012345678)
+    for op, message in ((0, notify.AcquiredLock), (1, notify.ReleasedLock), (2, notify.RequestLock)):
+        raw = f"0201 14000000 {op:02x}000000 0a10000000000000 785634128088ffff"
+        assert notify.decode(bytes.fromhex(raw)) == message(client)
 
 
 def test_responses() -> None:

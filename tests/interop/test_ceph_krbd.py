@@ -1,0 +1,190 @@
+"""Images of ours in Linux' own client: a guest with Debian's kernel maps them with krbd."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from krbd_guest import KrbdGuest
+
+from librbd_py import rados, rbd
+from qemu_glue.accel import accelerator
+from vm_images.initramfs import initramfs
+from vm_images.kernel import kernel
+
+MIB = 1 << 20
+R = rbd.RBD()
+
+
+@dataclass
+class World:
+    guest: KrbdGuest
+    ioctx: rados.Ioctx
+    pool: str
+    conf: str
+
+
+@pytest.fixture(scope="module")
+def world(ceph_conf: str) -> Iterator[World]:
+    pool = f"krbd-{os.getpid()}"
+    with rados.Rados(conffile=ceph_conf) as cluster:
+        cluster.create_pool(pool)
+        found = kernel()
+        guest = KrbdGuest(ceph_conf, accelerator(found, initramfs(found))[0])
+        with cluster.open_ioctx(pool) as ioctx:
+            yield World(guest, ioctx, pool, ceph_conf)
+        guest.close()
+        cluster.delete_pool(pool)
+
+
+def checked(world: World, image: str) -> None:
+    """Real librbd agrees with the object map."""
+    command = ["rbd", "--conf", world.conf, "object-map", "check", "--no-progress", f"{world.pool}/{image}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "error" not in done.stderr, done
+
+
+def test_it_maps_an_image_we_made_and_both_see_what_is_written(world: World) -> None:
+    R.create(world.ioctx, "made", 16 * MIB)
+    with rbd.Image(world.ioctx, "made") as image:
+        image.write(b"from the host", 5 * MIB)
+    device = world.guest.map(world.pool, "made")
+    assert world.guest.ok(f"blockdev --getsize64 {device}") == str(16 * MIB)
+    assert world.guest.read(device, 13, 5 * MIB) == "from the host"
+    world.guest.write(device, "from the guest", 9 * MIB)
+    world.guest.ok(f"blkstamp write {device} {MIB} 64 1 && blkstamp verify {device} {MIB} 64 1")
+    world.guest.unmap(device)
+    with rbd.Image(world.ioctx, "made") as image:
+        assert image.read(9 * MIB, 14) == b"from the guest"
+        assert image.read(5 * MIB, 13) == b"from the host"
+    checked(world, "made")
+
+
+def test_the_lock_goes_to_and_fro_and_nothing_is_lost(world: World) -> None:
+    R.create(world.ioctx, "shared", 16 * MIB)
+    with rbd.Image(world.ioctx, "shared") as image:
+        image.write(b"turn 0", 0)
+        device = world.guest.map(world.pool, "shared")
+        for turn in range(1, 7):
+            if turn % 2:
+                world.guest.write(device, f"turn {turn}", turn * MIB)
+                assert not image.is_exclusive_lock_owner()
+            else:
+                image.write(f"turn {turn}".encode(), turn * MIB)
+                assert image.is_exclusive_lock_owner()
+        for turn in range(7):
+            assert image.read(turn * MIB, 6) == f"turn {turn}".encode()
+            assert world.guest.read(device, 6, turn * MIB) == f"turn {turn}"
+        world.guest.unmap(device)
+    checked(world, "shared")
+
+
+def test_it_writes_while_we_write(world: World) -> None:
+    """Both sides at once, the lock moving under them: every write that was acknowledged is there."""
+    R.create(world.ioctx, "busy", 16 * MIB)
+    with rbd.Image(world.ioctx, "busy") as image:
+        device = world.guest.map(world.pool, "busy")
+        stop, written, failures = threading.Event(), [], []
+
+        def write() -> None:
+            try:
+                while not stop.is_set():
+                    at = len(written) % 512 * 4096
+                    image.write(b"%016d" % len(written), 8 * MIB + at)
+                    written.append(at)
+                    time.sleep(0.02)
+            except BaseException as failure:
+                failures.append(failure)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        try:
+            for block in range(10):
+                world.guest.write(device, f"guest {block}", block * 4096)
+        finally:
+            stop.set()
+            thread.join()
+        assert not failures and len(written) > 1
+        for number in range(max(0, len(written) - 512), len(written)):
+            assert image.read(8 * MIB + number % 512 * 4096, 16) == b"%016d" % number
+        for block in range(10):
+            assert image.read(block * 4096, 7) == b"guest %d" % block
+        world.guest.unmap(device)
+    checked(world, "busy")
+
+
+def test_a_resize_of_ours_is_seen_at_once(world: World) -> None:
+    R.create(world.ioctx, "growing", 8 * MIB)
+    device = world.guest.map(world.pool, "growing")
+    world.guest.write(device, "before", 0)
+    with rbd.Image(world.ioctx, "growing") as image:
+        image.resize(24 * MIB)
+        size = f"/sys/class/block/{device.removeprefix('/dev/')}/size"
+        until = f"[ $(cat {size}) = {24 * MIB // 512} ]"
+        world.guest.ok(f"for i in $(seq 50); do {until} && break; sleep 0.1; done; {until}")
+        world.guest.write(device, "behind", 20 * MIB)
+        assert image.read(20 * MIB, 6) == b"behind"
+    world.guest.unmap(device)
+
+
+def test_who_keeps_the_lock_keeps_it(world: World) -> None:
+    """Exclusive on our side: the guest cannot map it for writing. Exclusive on the guest's: our write is refused."""
+    R.create(world.ioctx, "kept", 8 * MIB)
+    with rbd.Image(world.ioctx, "kept") as image:
+        image.lock_acquire(rbd.RBD_LOCK_MODE_EXCLUSIVE)
+        with pytest.raises(AssertionError, match="Read-only file system"):
+            world.guest.map(world.pool, "kept")
+        image.write(b"still ours", 4096)
+        image.lock_release()
+    device = world.guest.map(world.pool, "kept", "exclusive")
+    world.guest.write(device, "of a guest", 0)
+    with rbd.Image(world.ioctx, "kept") as image:
+        with pytest.raises(rbd.ReadOnlyImage):
+            image.write(b"refused", 0)
+        assert image.read(0, 10) == b"of a guest" and image.read(4096, 10) == b"still ours"
+    world.guest.unmap(device)
+
+
+def test_clones_snapshots_stripes_and_namespaces(world: World) -> None:
+    R.create(world.ioctx, "parent", 16 * MIB)
+    with rbd.Image(world.ioctx, "parent") as image:
+        image.write(b"of the parent", 6 * MIB)
+        image.create_snap("s")
+        image.protect_snap("s")
+        image.write(b"after the snap", 6 * MIB)
+    R.clone(world.ioctx, "parent", "s", world.ioctx, "child")
+    device = world.guest.map(world.pool, "child")
+    assert world.guest.read(device, 13, 6 * MIB) == "of the parent"
+    world.guest.write(device, "of the child", 7 * MIB)
+    world.guest.unmap(device)
+    with rbd.Image(world.ioctx, "child") as image:
+        assert image.read(6 * MIB, 13) == b"of the parent" and image.read(7 * MIB, 12) == b"of the child"
+    checked(world, "child")
+    device = world.guest.map(world.pool, "parent", "ro", "s")
+    assert world.guest.read(device, 13, 6 * MIB) == "of the parent"
+    world.guest.unmap(device)
+
+    R.create(world.ioctx, "striped", 16 * MIB, stripe_unit=65536, stripe_count=4)
+    with rbd.Image(world.ioctx, "striped") as image:
+        image.write(bytes(range(256)) * 4096, 3 * MIB)
+    device = world.guest.map(world.pool, "striped")
+    digest = world.guest.ok(f"dd if={device} bs=65536 skip=48 count=16 2>/dev/null | md5sum")
+    world.guest.ok(f"dd if={device} of={device} bs=65536 skip=48 seek=128 count=16 conv=fsync 2>/dev/null")
+    world.guest.unmap(device)
+    with rbd.Image(world.ioctx, "striped") as image:
+        assert image.read(8 * MIB, MIB) == bytes(range(256)) * 4096, digest
+
+    R.namespace_create(world.ioctx, "space")
+    with rados.Rados(conffile=world.conf) as cluster, cluster.open_ioctx(world.pool) as inside:
+        inside.set_namespace("space")
+        R.create(inside, "inner", 8 * MIB)
+        device = world.guest.map(world.pool, "inner", "_pool_ns=space")
+        world.guest.write(device, "in the space", 4 * MIB)
+        world.guest.unmap(device)
+        with rbd.Image(inside, "inner") as image:
+            assert image.read(4 * MIB, 12) == b"in the space"
