@@ -37,6 +37,7 @@ from .view import DataObjects, DataPath, ViewSpec
 
 DRAIN_SECONDS = 60.0  # how long a change waits for requests in flight
 OWN_SECONDS = 30.0  # how long a new lock owner waits for the last write of the one before
+REFUSE_AGAIN_SECONDS = 1.0  # when ending the requests that wait for a lock failed
 NOTIFY_MS = 5000
 
 log = logging.getLogger("librbd_py.image")
@@ -312,8 +313,12 @@ class ImageHandle:
         """Requests that wait for a lock nobody gives end with EROFS, as in librbd; later ones ask again."""
         with self._state:
             if not self.closed and not self._owner:
-                self.data.publish(replace(self._view(self._header), read_only=True, need_lock=False))
-                self._publish()
+                try:
+                    self.data.publish(replace(self._view(self._header), read_only=True, need_lock=False))
+                    self._publish()
+                except OSError as failure:  # no memory: but nobody else would ever end those requests
+                    log.warning("image %s: %s; trying again", self.id, failure)
+                    control_pool().call_later(REFUSE_AGAIN_SECONDS, self._refuse_waiting)
 
     def lock_by_hand(self) -> None:
         """lock_acquire: takes the lock and keeps it when others ask. EINVAL: the image has no such feature."""

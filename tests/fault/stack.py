@@ -81,6 +81,11 @@ class Stack:
         self._clients.append(client)
         return client.negotiate(image.encode())
 
+    def drop_clients(self) -> None:
+        for client in self._clients:
+            client.close()
+        self._clients.clear()
+
     def kill(self) -> None:
         self.daemon.kill()
         self._runner.run(self.daemon.disconnect())
@@ -89,8 +94,7 @@ class Stack:
         return self._runner.run(self.daemon.stop())
 
     def close(self) -> None:
-        for client in self._clients:
-            client.close()
+        self.drop_clients()
         try:
             self._runner.run(self.daemon.stop())
         finally:
