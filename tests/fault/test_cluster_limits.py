@@ -177,6 +177,26 @@ def test_blocklisted_while_an_osd_hangs(new_ceph_cluster: NewCluster, tmp_path: 
         assert time.monotonic() - begun < SOON
 
 
+def test_blocklisted_while_the_lock_is_taken(new_ceph_cluster: NewCluster, tmp_path: Path) -> None:
+    """The first write waits for the image's lock, and the lock for an OSD that does not answer."""
+    cluster = new_ceph_cluster()
+    with served(cluster, tmp_path) as stack:
+        client = stack.client("image", PATIENCE)
+        assert client.read(0, SECTOR) == bytes(SECTOR)
+        with opened(cluster, read_only=True) as image:
+            (address,) = {row["addr"] for row in image.watchers_list()}
+        cluster.faults.freeze("osd.0")
+        client.start(WRITE, 0, SECTOR, data=stamp(0, 1))
+        time.sleep(0.5)  # it waits now
+        begun = time.monotonic()
+        cluster.faults.blocklist(address)
+        assert client.reply().error == nbd_client.ESHUTDOWN
+        assert time.monotonic() - begun < SOON
+        all_refused(stack, None, time.monotonic())
+        assert stack.stop() == 0
+        assert time.monotonic() - begun < 2 * SOON
+
+
 def test_blocklisted_while_the_cluster_is_full(new_ceph_cluster: NewCluster, tmp_path: Path) -> None:
     cluster = new_ceph_cluster()
     with served(cluster, tmp_path) as stack:

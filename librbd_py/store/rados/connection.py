@@ -120,8 +120,9 @@ class Connection:
         self.fenced = False
         self.handle: Any = handle
         self._pid = os.getpid()
-        self._lock = threading.Lock()  # guards the next three
+        self._lock = threading.Lock()  # guards the next five
         self._references = 1
+        self._calls = self._calls_ended = 0
         self._contexts: dict[tuple[int, str], Any] = {}
         self._ring: Any = None
 
@@ -200,6 +201,8 @@ class Connection:
     def using(self) -> Iterator[None]:
         """Kept alive for the time of a call. Notices when the cluster refuses this client."""
         self.acquire()
+        with self._lock:
+            self._calls += 1
         try:
             yield
         except OSError as failure:
@@ -207,7 +210,15 @@ class Connection:
                 self.fenced = True
             raise
         finally:
+            with self._lock:
+                self._calls -= 1
+                self._calls_ended += 1
             self.release()
+
+    def calls(self) -> tuple[int, int]:
+        """How many are in progress, and how many have ended ever."""
+        with self._lock:
+            return self._calls, self._calls_ended
 
     @property
     def of_parent(self) -> bool:

@@ -45,7 +45,7 @@ class RadosContext(api.ObjectContext):
             if len(ops) == 1 and isinstance(ops[0], api.Rollback):
                 self._rollback(oid, ops[0].snap_id, snapc)
                 return [None]
-            return oplist.run_write(self.io, oid, ops, snapc, f"write {oid}")
+            return oplist.run_write(self.store.connection, self.io, oid, ops, snapc, f"write {oid}")
 
     def read(self, oid: str, ops: Sequence[Any], snap_id: int = NOSNAP) -> list[Any]:
         check_name(oid, self.namespace)
@@ -53,7 +53,7 @@ class RadosContext(api.ObjectContext):
             asked = [op for op in ops if not isinstance(op, (api.ListSnaps, api.ListWatchers))]
             found: Iterator[Any] = iter(())
             if asked or snap_id != SNAPDIR:
-                found = iter(oplist.run_read(self.io, oid, asked, snap_id, f"read {oid}"))
+                found = iter(oplist.run_read(self.store.connection, self.io, oid, asked, snap_id, f"read {oid}"))
             return [self._listed(oid, op) if op not in asked else next(found) for op in ops]
 
     def _listed(self, oid: str, op: Any) -> Any:
@@ -141,7 +141,7 @@ class RadosContext(api.ObjectContext):
             if not sent:
                 raise fail(error[0], f"notify of {oid}")
             try:
-                result = oplist.wait(sent)
+                result = oplist.wait(sent, self.store.connection)
                 reply = ffi.buffer(out[0].data, out[0].len)[:] if out[0].len else b""
             finally:
                 lib.rbdn_oplist_free(sent)

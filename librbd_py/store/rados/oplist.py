@@ -9,7 +9,7 @@ from typing import Any
 from librbd_py.native import ffi, lib
 
 from .. import api
-from .connection import check, fail
+from .connection import Connection, check, fail
 
 _RELATIONS = {"eq": 1, "ne": 2, "gt": 3, "ge": 4, "lt": 5, "le": 6}
 _WAIT = 200  # ms between looks for a signal of Python's
@@ -120,35 +120,43 @@ class OpList:
     # --- running
 
     def run(
-        self, io: Any, oid: str, what: str, snap_id: int = api.NOSNAP, snapc: api.SnapContext = api.NO_SNAPS
+        self,
+        connection: Connection,
+        io: Any,
+        oid: str,
+        what: str,
+        snap_id: int = api.NOSNAP,
+        snapc: api.SnapContext = api.NO_SNAPS,
     ) -> list[Any]:
         if self._operations == 0:
             self.put(lib.RBDN_OP_ASSERT_EXISTS)
         snaps = ffi.new("uint64_t[]", list(snapc.ids) or 1)
         sent = lib.rbdn_oplist_send(self._list, io, oid.encode(), snap_id, snapc.seq, snaps, len(snapc.ids))
         check(sent, what)
-        check(wait(self._list), what)
+        check(wait(self._list, connection), what)
         return [collect() for collect in self._collectors]
 
 
-def run_write(io: Any, oid: str, ops: Sequence[Any], snapc: api.SnapContext, what: str) -> list[Any]:
+def run_write(
+    connection: Connection, io: Any, oid: str, ops: Sequence[Any], snapc: api.SnapContext, what: str
+) -> list[Any]:
     found = OpList(writes=True)
     try:
         for op in ops:
             found.add(op)
-        return found.run(io, oid, what, snapc=snapc)
+        return found.run(connection, io, oid, what, snapc=snapc)
     finally:
         found.free()
 
 
-def run_read(io: Any, oid: str, ops: Sequence[Any], snap_id: int, what: str) -> list[Any]:
+def run_read(connection: Connection, io: Any, oid: str, ops: Sequence[Any], snap_id: int, what: str) -> list[Any]:
     size = _TO_THE_END
     while True:
         found = OpList(writes=False, to_the_end=size)
         try:
             for op in ops:
                 found.add(op)
-            return found.run(io, oid, what, snap_id)
+            return found.run(connection, io, oid, what, snap_id)
         except _TooSmall as more:
             if size == MAX_OBJECT:
                 raise OSError(errno.EFBIG, f"{what}: the object is larger than {MAX_OBJECT} bytes") from None
@@ -157,10 +165,12 @@ def run_read(io: Any, oid: str, ops: Sequence[Any], snap_id: int, what: str) -> 
             found.free()
 
 
-def wait(oplist: Any) -> int:
-    """Its result. Signals of Python's are handled while it waits."""
+def wait(oplist: Any, connection: Connection) -> int:
+    """Its result; -ESHUTDOWN once the client is known to be shut out, whatever the OSD does. Signals of Python's are
+    handled while it waits."""
     while lib.rbdn_oplist_wait(oplist, _WAIT):
-        pass
+        if connection.fenced:
+            return -errno.ESHUTDOWN
     return int(lib.rbdn_oplist_result(oplist))
 
 

@@ -29,15 +29,15 @@ class StallWatch:
         self._connection = connection
         self._shut_out = shut_out
         self._running, self._ended = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-        self._before = (0, 0)  # operations running, and ended ever, at the last look
+        self._before = (0, 0)  # operations running, C's and Python's, and ended ever, at the last look
         self._stalled = threading.Event()
         self._asking: threading.Thread | None = None
 
     def tick(self) -> None:
-        now = (0, 0)
+        now = self._connection.calls()
         handle = self._connection.handle or ffi.NULL  # it may be shut down just now
         if lib.rbdn_rados_progress(handle, self._running, self._ended) == 0:
-            now = (self._running[0], self._ended[0])
+            now = (now[0] + self._running[0], now[1] + self._ended[0])
         if now[0] and self._before[0] and now[1] == self._before[1]:
             self._stalled.set()
             if self._asking is None or not self._asking.is_alive():
@@ -61,6 +61,7 @@ class StallWatch:
                 address = self._connection.client.address
                 host = address.rpartition(":")[0]
                 if not {address, f"{host}:0/0"}.isdisjoint(store.blocklist()):
+                    self._connection.fenced = True
                     self._shut_out()
                     return
             except OSError as failure:
