@@ -13,7 +13,7 @@ int rbdn_rados_version(void); /* major * 10000 + minor * 100 + extra, of librado
 /* --- connections: a rados_t. `name`: "client.admin" */
 void *rbdn_rados_create(const char *cluster_name, const char *name, int *err);
 int rbdn_rados_conf_read(void *cluster, const char *path); /* NULL: $CEPH_CONF, else the usual places */
-int rbdn_rados_conf_env(void *cluster, const char *variable);
+int rbdn_rados_conf_words(void *cluster, int count, const char **words); /* as on a command line; the first is ignored */
 int rbdn_rados_conf_set(void *cluster, const char *option, const char *value);
 int rbdn_rados_conf_get(void *cluster, const char *option, char *buf, size_t len); /* -ENAMETOOLONG */
 int rbdn_rados_connect(void *cluster);

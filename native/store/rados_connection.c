@@ -30,9 +30,9 @@ int rbdn_rados_conf_read(void *cluster, const char *path)
     return RADOS(conf_read_file)(cluster, path);
 }
 
-int rbdn_rados_conf_env(void *cluster, const char *variable)
+int rbdn_rados_conf_words(void *cluster, int count, const char **words)
 {
-    return RADOS(conf_parse_env)(cluster, variable);
+    return RADOS(conf_parse_argv)(cluster, count, words);
 }
 
 int rbdn_rados_conf_set(void *cluster, const char *option, const char *value)

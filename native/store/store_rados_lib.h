@@ -66,7 +66,7 @@ struct rados_pool_stat_t {
     F(void, version, (int *major, int *minor, int *extra)) \
     F(int, create2, (rados_t *, const char *cluster, const char *name, uint64_t flags)) \
     F(int, conf_read_file, (rados_t, const char *path)) \
-    F(int, conf_parse_env, (rados_t, const char *var)) \
+    F(int, conf_parse_argv, (rados_t, int argc, const char **argv)) \
     F(int, conf_set, (rados_t, const char *option, const char *value)) \
     F(int, connect, (rados_t)) \
     F(void, shutdown, (rados_t)) \

@@ -64,8 +64,9 @@ def test_the_environment_names_the_file_and_the_user(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CEPH_CONF", "some.conf")
     for words in ("--id vm", "--id=vm", "--user vm --debug-ms=0", "-n client.vm", "--name=client.vm --keyring k"):
         monkeypatch.setenv("CEPH_ARGS", words)
-        assert ClusterOptions().resolved() == ClusterOptions(str(tmp_path / "some.conf"), "client.vm")
-        assert ClusterOptions("/b", "client.c").resolved() == ClusterOptions("/b", "client.c")
+        told = tuple(words.split())
+        assert ClusterOptions().resolved() == ClusterOptions(str(tmp_path / "some.conf"), "client.vm", words=told)
+        assert ClusterOptions("/b", "client.c").resolved() == ClusterOptions("/b", "client.c", words=told)
     monkeypatch.setenv("CEPH_ARGS", "--id 'unclosed")
     with pytest.raises(OSError, match="CEPH_ARGS") as caught:
         ClusterOptions().resolved()

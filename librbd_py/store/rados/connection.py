@@ -57,6 +57,7 @@ class ClusterOptions:
     options: tuple[tuple[str, str], ...] = ()
     hints: tuple[tuple[str, str], ...] = ()  # options too, but none of Ceph's is needed: a program may have its own
     cluster: str = "ceph"  # its name, which default paths contain
+    words: tuple[str, ...] = ()  # of $CEPH_ARGS
 
     def resolved(self) -> ClusterOptions:
         """Nothing left that the environment decides, so that it can be compared."""
@@ -65,7 +66,8 @@ class ClusterOptions:
             conf = os.environ["CEPH_CONF"]
         if conf:
             conf = os.path.abspath(conf)
-        return replace(self, conf=conf, name=self.name or _name_from_environment())
+        words = _words_of_environment()
+        return replace(self, conf=conf, name=self.name or _name_in(words), words=words)
 
 
 def entity(user: str) -> str:
@@ -73,11 +75,14 @@ def entity(user: str) -> str:
     return user if "." in user else f"client.{user}"
 
 
-def _name_from_environment() -> str:
+def _words_of_environment() -> tuple[str, ...]:
     try:
-        words = shlex.split(os.environ.get("CEPH_ARGS", ""))
+        return tuple(shlex.split(os.environ.get("CEPH_ARGS", "")))
     except ValueError as failure:
         raise OSError(errno.EINVAL, f"CEPH_ARGS: {failure}") from None
+
+
+def _name_in(words: tuple[str, ...]) -> str:
     name = DEFAULT_NAME
     for at, word in enumerate(words):
         option, equals, value = word.partition("=")
@@ -145,7 +150,10 @@ class Connection:
             if result == -errno.ENOENT and options.conf is None:
                 raise OSError(errno.ENOENT, "there is no ceph.conf: name one, as in ceph:/etc/ceph/ceph.conf")
             check(result, f"configuration {options.conf or 'of Ceph'}")
-        check(lib.rbdn_rados_conf_env(self.handle, ffi.NULL), "CEPH_ARGS")
+        # Librados would read $CEPH_ARGS itself, but only once a process.
+        words = [ffi.new("char[]", word.encode()) for word in ("rbdpy", *options.words)]
+        if len(words) > 1:
+            check(lib.rbdn_rados_conf_words(self.handle, len(words), ffi.new("char *[]", words)), "CEPH_ARGS")
         for option, value in options.hints:
             self._set(option, value, missing=True)
         for option, value in options.options:
