@@ -1,4 +1,4 @@
-"""Load generators: fio's nbd engine, nbdcopy, and two of our own in C: `rawnbd` and the vhost-user front end `vufe`."""
+"""Load generators: fio, nbdcopy, qemu-img, and two of our own in C: `rawnbd` and the vhost-user front end `vufe`."""
 
 from __future__ import annotations
 
@@ -111,6 +111,32 @@ def nbdcopy(raw: Path, out: bool, size: int, cpu: int | None = None) -> Load:
             p99_us=took[-1] * 1e6,
             cpu_us=(server.cpu_ns() - before) / 1000 / count,
             client_cpu_us=(children_cpu_us() - before_client) / count,
+        )
+
+    return load
+
+
+def qemu_img(depth: int, block: int, cpu: int | None = None) -> Load:
+    """`qemu-img bench`, reading: the NBD client that guests' disks have. Its latencies are means."""
+    count = 2000 * depth
+    stride = 17 * block  # never the block that was read ahead
+
+    def load(server: Server, seconds: float) -> Sample:
+        command = [*pinned(cpu), "qemu-img", "bench", "-f", "raw", "-t", "none", "-c", str(count), "-d", str(depth)]
+        command += ["-s", str(block), "-S", str(stride), server.uri]
+        before, before_client = server.cpu_ns(), children_cpu_us()
+        took, runs = 0.0, 0
+        while took < seconds:
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            took += float(done.stdout.split("completed in ")[1].split()[0])
+            runs += 1
+        latency = took / (runs * count) * depth * 1e6
+        return Sample(
+            iops=runs * count / took,
+            p50_us=latency,
+            p99_us=latency,
+            cpu_us=(server.cpu_ns() - before) / 1000 / (runs * count),
+            client_cpu_us=(children_cpu_us() - before_client) / (runs * count),
         )
 
     return load
