@@ -17,7 +17,7 @@ from librbd_py.store.api import NOSNAP, ObjectContext, SnapContext
 
 from . import cls
 from .cls import Snapshot
-from .feature_names import SUPPORTED, to_string
+from .feature_names import SUPPORTED
 from .layout import Layout
 
 MAX_PARENTS = 64  # depth of a clone chain; deeper is refused (ELOOP)
@@ -84,13 +84,14 @@ def load(ctx: ObjectContext, image_id: str, *, read_only: bool) -> Header:
             raise OSError(errno.EINVAL, f"image {image_id}: object order {base.order} is not 12 to 25")
         unknown = base.incompatible & ~SUPPORTED
         if unknown:
-            raise OSError(errno.ENOSYS, f"image {image_id} uses features this library lacks: {to_string(unknown)}")
+            lacking = [*sorted(ft.names(unknown & ft.ALL)), *([hex(unknown & ~ft.ALL)] if unknown & ~ft.ALL else [])]
+            raise OSError(errno.ENOSYS, f"image {image_id} uses features this library lacks: {', '.join(lacking)}")
         op_features = cls.op_features(ctx, oid) if base.features & ft.OPERATIONS else 0
         unit, count = 1 << base.order, 1
         if base.features & ft.STRIPINGV2:
             unit, count = cls.stripe(ctx, oid)
-            if not unit or not count or (1 << base.order) % unit:
-                raise OSError(errno.EINVAL, f"image {image_id}: stripe unit {unit} does not divide its objects")
+            if not unit or not 0 < count < 1 << 32 or (1 << base.order) % unit:
+                raise OSError(errno.EINVAL, f"image {image_id}: impossible striping, {count} units of {unit} bytes")
         try:
             snaps = cls.read_snapshots(ctx, oid, base.snapc.ids)
         except OSError as failure:
