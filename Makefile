@@ -13,8 +13,8 @@ PACKAGES_BUILD := gcc libc6-dev python3-dev python3-venv
 PACKAGES_BOOT := $(PACKAGES_BUILD) qemu-system-x86 qemu-utils seabios ipxe-qemu busybox-static mtools dosfstools \
 	syslinux syslinux-common
 PACKAGES_CEPH := ceph-mon ceph-osd librados2
-PACKAGES_TEST := $(PACKAGES_BOOT) $(PACKAGES_CEPH) ceph-mgr qemu-system-common nbdkit libnbd-bin libnbd0 python3-libnbd fio clang-14 \
-	libclang-rt-14-dev e2fsprogs xfsprogs mount util-linux python3-rados python3-rbd ceph-common iproute2 \
+PACKAGES_TEST := $(PACKAGES_BOOT) $(PACKAGES_CEPH) ceph-mgr qemu-system-common qemu-block-extra nbdkit libnbd-bin libnbd0 \
+	python3-libnbd fio clang-14 libclang-rt-14-dev e2fsprogs xfsprogs mount util-linux python3-rados python3-rbd ceph-common iproute2 \
 	sqlite3 gdb
 NATIVE := $(wildcard native/*/*.c native/*/*.h native/ffi/build.py)
 

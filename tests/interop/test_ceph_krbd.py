@@ -14,6 +14,7 @@ from krbd_guest import KrbdGuest
 
 from librbd_py import rados, rbd
 from qemu_glue.accel import accelerator
+from vm_images.cache import cache_dir
 from vm_images.initramfs import initramfs
 from vm_images.kernel import kernel
 
@@ -35,7 +36,7 @@ def world(ceph_conf: str) -> Iterator[World]:
     with rados.Rados(conffile=ceph_conf) as cluster:
         cluster.create_pool(pool)
         found = kernel()
-        guest = KrbdGuest(ceph_conf, accelerator(found, initramfs(found))[0])
+        guest = KrbdGuest(ceph_conf, accelerator(found.vmlinuz, initramfs(found), cache_dir())[0])
         with cluster.open_ioctx(pool) as ioctx:
             yield World(guest, ioctx, pool, ceph_conf)
         guest.close()
