@@ -73,6 +73,10 @@ class Dump:
             for name, value in sorted(xattrs.items()):
                 found[f"{shown} xattr {name}"] = self.raw(value, pools=0)
             for key, value in self._rows(io, oid):
+                if key == b"object_prefix":
+                    # Holds the number of a pool in decimal, so its length says nothing.
+                    assert int.from_bytes(value[:4], "little") == len(value) - 4
+                    value = value[4:]
                 # Few values hold a pool's number, and others could look like one.
                 pools = int(key in (b"parent", b"data_pool_id")) or (len(value) if b"snap_children" in key else 0)
                 found[f"{shown} omap {self.raw(key, pools=oid == 'rbd_children')!r}"] = self.raw(value, pools=pools)
