@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +17,26 @@ from librbd_py.devcluster.admin import Admin
 _numbers = itertools.count(1)
 
 
+class Existing(DevCluster):
+    """Somebody else's cluster, by its ceph.conf: used, never started or stopped."""
+
+    def __init__(self, conf: str) -> None:
+        super().__init__(Path(conf).parent)
+        self._conf = os.path.abspath(conf)
+
+    @property
+    def conf(self) -> str:
+        return self._conf
+
+
 @pytest.fixture(scope="session")
 def ceph_cluster() -> Iterator[DevCluster]:
-    """The cluster of this run, with authentication. Every test may use it and none may break it; a test that cares what
-    else is in a pool takes `ceph_pool` or makes its own."""
+    """The cluster of this run, with authentication; the one of $RBDPY_TEST_CEPH_CONF when that is set. Every test may
+    use it and none may break it; a test that cares what else is in a pool takes `ceph_pool` or makes its own."""
+    conf = os.environ.get("RBDPY_TEST_CEPH_CONF")
+    if conf:
+        yield Existing(conf)
+        return
     with scratch(Options(auth="cephx")) as cluster:
         yield cluster
 

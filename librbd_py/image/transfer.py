@@ -165,13 +165,20 @@ class Transfer:
             prefix = place(made.id, there.pool_id, data_there)
             data_ctx = there if data_there == -1 else self.dest.open(data_there, there.namespace)
             snaps = self._make_header(made, header, prefix, data_there, data_ctx, parent)
-            watch = there.watch(made.oid, _answer_nothing)
+            lost: list[OSError] = []
+            watch = there.watch(made.oid, _answer_nothing, lambda cookie, failure: lost.append(failure))
             if parent is not None:
                 self._attach(made, header, parent)
             data = ctx if data_here == -1 else self.source.open(data_here, ctx.namespace)
             here = Objects(data, header.prefix, header.order)
             carrier = Carrier(here, Objects(data_ctx, prefix, header.order), snaps)
-            carrier.run(self._numbers(ctx, image_id, header), self.progress)
+
+            def step(done: int, total: int) -> object:
+                if lost:  # somebody else may have begun it again
+                    raise lost[0]
+                return None if self.progress is None else self.progress(done, total)
+
+            carrier.run(self._numbers(ctx, image_id, header), step)
             self._maps(ctx, image_id, made, header, snaps)
             self._compare_headers(ctx, image_id, made, header, snaps, parent)
             if trash is None:
@@ -329,8 +336,11 @@ class Transfer:
             mark = _mark(there, found)
             if mark is None and exists(there, header_oid(found)):
                 continue  # of a migration by Ceph
-            if mark is not None and there.read(header_oid(found), [ListWatchers()])[0]:
-                raise OSError(errno.EBUSY, f"image {name} is being copied by somebody else")
+            others = there.read(header_oid(found), [ListWatchers()])[0] if mark is not None else []
+            if others:
+                row = others[0]
+                text = f"image {name} is being copied by the client at {row.address}, or was {row.timeout} s ago"
+                raise OSError(errno.EBUSY, text)
             if mark == WHOLE and _named(there, name, found):
                 made = _Place(there, found, name)
                 self._list(made)
@@ -396,7 +406,7 @@ def _discard_content(store: Store, ctx: ObjectContext, image_id: str, rows: Head
         with ignoring(errno.ENOENT):
             data.ctx.write(data.oid(number), [Remove()], snapc)
 
-    each(drop, range(rows.objects))
+    each(drop, data.heads(rows.objects))
     for snap_id in ids:
         remove(ctx, map_oid(image_id, snap_id))
         data.ctx.snap_remove(snap_id)

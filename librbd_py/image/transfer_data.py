@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from librbd_py.format import object_map as fm
-from librbd_py.format.names import data_object
+from librbd_py.format.names import data_object, parse_data_object
 from librbd_py.store.api import (
     NOSNAP,
     SNAPDIR,
@@ -36,6 +36,7 @@ from .map_check import version_at
 from .objects import ignoring
 from .progress import Progress, report
 
+FEW = 1 << 14  # objects that are asked for one by one rather than found in a list of the pool
 PIECE = 16 << 10  # bytes that are written or left alone together
 WORKERS = 4  # objects at once: at most two versions of each are in memory
 
@@ -64,6 +65,14 @@ class Objects:
             data: bytes = self.ctx.read(self.oid(number), [Read()], snap_id)[0]
             return data
         return None
+
+    def heads(self, count: int) -> Sequence[int]:
+        """Numbers below `count` under which there may be an object in HEAD. A few are tried one by one; for many, all
+        of the pool is listed. Those that only snapshots need go with these."""
+        if count <= FEW:
+            return range(count)
+        found = (parse_data_object(oid) for oid in self.ctx.objects() if oid.startswith(f"{self.prefix}."))
+        return sorted(row[1] for row in found if row is not None and row[0] == self.prefix)
 
 
 def each(

@@ -23,8 +23,7 @@ from librbd_py.store.api import ObjectContext, OmapCmp, OmapGetVals, OmapSet
 
 from .layout import Layout
 
-MARK = b"rbdpy_copy"  # omap key of a header whose image is still being copied
-COPYING, WHOLE = b"copying", b"whole"
+MARK, COPYING, WHOLE = fh.COPY_KEY, fh.COPYING, fh.COPIED
 ATTEMPTS = 16  # of an exchange of rows that lost a race
 _DERIVED = (fh.SNAP_PREFIX, fh.SNAP_CHILDREN_PREFIX)
 _MINE = (b"snap_seq", b"features", b"op_features", b"object_prefix", b"data_pool_id", b"parent", MARK)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from librbd_py.format import features, names, object_map
 from librbd_py.format.encoding import DecodeError, Decoder, encode_string
-from librbd_py.format.header import Parent, Snap, decode_children, snap_children_key, snap_key
+from librbd_py.format.header import COPY_KEY, COPYING, Parent, Snap, decode_children, snap_children_key, snap_key
 
 from .. import layout as native
 from . import content
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _ERROR = "error"
 _WARNING = "warning"
+_NOTE = "note"
 _REMOVE = "if nobody needs the image, remove it; otherwise add it to the directory again"
 
 
@@ -68,6 +69,11 @@ class Header:
             return []
         children = self._decoded(snap_children_key(snap_id), decode_children)
         return [(child.pool_id, child.pool_namespace, child.image_id) for child in children or ()]
+
+    @property
+    def copying(self) -> bytes | None:
+        """How far a copy from another store came that is not done."""
+        return self._omap.get(COPY_KEY)
 
     @property
     def objects(self) -> int | None:
@@ -123,7 +129,10 @@ class ImageChecker:
         for header in self.headers.values():
             self._header(header)
             self._family(header)
-            self._maps(header)
+            if header.copying is not None:
+                self._found(_NOTE, header.oid, "is a copy that was cut off", "copy the image again (rbdpy store copy)")
+            if header.copying != COPYING:
+                self._maps(header)
 
     def _omap(self, pool: int, namespace: str, oid: str) -> Iterator[tuple[bytes, bytes]]:
         row = load_row(self.c, pool, namespace, oid)
