@@ -7,12 +7,12 @@ from librbd_py.store.api import NOSNAP, ObjectContext
 
 from . import cls, snapshots
 from .clones import attach, inherited
+from .content import read_view
 from .diff import diff_iterate
 from .directory import DEFAULTS, CreateOptions, create_unnamed, give_name
 from .handle import ImageHandle
 from .header import header_oid
 from .io import before_write
-from .plain import read_view
 from .progress import Progress, report
 from .resize import resize
 from .trash import remove_from_trash

@@ -21,8 +21,7 @@ from typing import Any
 from librbd_py.native import check, ffi, lib
 
 from .events import EVENTS, IO_ERROR, LOCK_NEEDED, LOST, READ_ERROR
-from .plain import NO_MAP, ObjectMapKeeper
-from .view import ViewSpec
+from .view import NO_MAP, ObjectMapKeeper, ViewSpec
 
 READ, WRITE, DISCARD, WRITE_ZEROES, WRITESAME, COMPARE_AND_WRITE, FLUSH = range(7)  # enum req_type
 FUA, UNMAP, EXACT = 1, 2, 4  # enum req_flags

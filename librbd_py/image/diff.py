@@ -14,10 +14,10 @@ from librbd_py.format import features as ft
 from librbd_py.format.object_map import EXISTS_CLEAN, NONEXISTENT
 from librbd_py.store.api import NOSNAP, SnapSet
 
+from .content import read_view
 from .datapath import NativeImage
 from .handle import ImageHandle
 from .map_check import snapset_of, version_at
-from .plain import read_view
 from .resize import known_states
 from .snapshots import find
 from .view import ViewSpec

@@ -31,9 +31,9 @@ from . import cls, object_map
 from .datapath import NativeImage, NativeMap
 from .header import MAX_PARENTS, Header, header_oid, image_id_of, load
 from .objects import ignoring
-from .plain import EVERYTHING, NO_MAP, WRITES, ObjectMapKeeper, PlainData
+from .plain import HeadMap, PlainData
 from .proxy import Reply, Requests, Served
-from .view import DataObjects, DataPath, ViewSpec
+from .view import EVERYTHING, NO_MAP, WRITES, DataObjects, DataPath, ObjectMapKeeper, ViewSpec
 
 DRAIN_SECONDS = 60.0  # how long a change waits for requests in flight
 OWN_SECONDS = 30.0  # how long a new lock owner waits for the last write of the one before
@@ -496,7 +496,7 @@ class ImageHandle:
             return
         native = self.objects.native
         if native is None or isinstance(self.data, PlainData):
-            self._keep_map(object_map.HeadMap(self.ctx, self.id, self.map_failed))
+            self._keep_map(HeadMap(self.ctx, self.id, self.map_failed))
         elif not load(self.ctx, self.id, read_only=False).flags_at(NOSNAP) & ft.FLAG_OBJECT_MAP_INVALID:
             # C believes what the map says of absence, so the flags are read after whatever led here.
             states = bytes(object_map.load(self.ctx, self.id))

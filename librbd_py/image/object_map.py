@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Sequence
 
 from librbd_py.format import lock as fl
 from librbd_py.format import object_map as fm
-from librbd_py.format.object_map import EXISTS, EXISTS_CLEAN, NONEXISTENT, PENDING
+from librbd_py.format.object_map import NONEXISTENT
 from librbd_py.store.api import NOSNAP, Exec, ObjectContext, Op, Read, WriteFull
 
 from . import cls
 from .cls import call, u8, u64
 from .header import map_oid
 from .objects import ignoring, remove
-from .plain import ObjectMapKeeper
 
 ATTEMPTS = 8  # at the lock of a map whose stale owners are being broken
 
@@ -33,13 +31,13 @@ def load(ctx: ObjectContext, image_id: str, snap_id: int = NOSNAP) -> bytearray:
 
 
 def save(ctx: ObjectContext, image_id: str, snap_id: int, states: bytes | bytearray, *, locked: bool = False) -> None:
-    ops: list[Op] = [_assert_locked()] if locked else []
+    ops: list[Op] = [assert_locked()] if locked else []
     ctx.write(map_oid(image_id, snap_id), [*ops, call("object_map_save", fm.encode(states, crc=False))])
 
 
 def resize(ctx: ObjectContext, image_id: str, count: int, *, locked: bool) -> None:
     """Makes the HEAD map if there is none; new entries are NONEXISTENT."""
-    ops: list[Op] = [_assert_locked()] if locked else []
+    ops: list[Op] = [assert_locked()] if locked else []
     ctx.write(map_oid(image_id), [*ops, call("object_map_resize", u64(count), u8(NONEXISTENT))])
 
 
@@ -47,14 +45,14 @@ def snap_create(ctx: ObjectContext, image_id: str, snap_id: int) -> None:
     """The snapshot's map is a copy of HEAD's; then HEAD's existing objects are clean."""
     data = ctx.read(map_oid(image_id), [Read()])[0]
     ctx.write(map_oid(image_id, snap_id), [WriteFull(data)])
-    ctx.write(map_oid(image_id), [_assert_locked(), call("object_map_snap_add")])
+    ctx.write(map_oid(image_id), [assert_locked(), call("object_map_snap_add")])
 
 
 def snap_remove(ctx: ObjectContext, image_id: str, snap_id: int, newer: int) -> None:
     """What the removed map knew of changes goes to the next newer map (`newer`: snapshot id or NOSNAP)."""
     with ignoring(errno.ENOENT):
         removed = ctx.exec(map_oid(image_id, snap_id), "rbd", "object_map_load")
-        ops: list[Op] = [_assert_locked()] if newer == NOSNAP else []
+        ops: list[Op] = [assert_locked()] if newer == NOSNAP else []
         ctx.write(map_oid(image_id, newer), [*ops, call("object_map_snap_remove", removed)])
     remove(ctx, map_oid(image_id, snap_id))
 
@@ -87,65 +85,8 @@ def unlock(ctx: ObjectContext, image_id: str) -> None:
 ASSERT_LOCKED = fl.AssertRequest(fl.RBD_LOCK_NAME, fl.LOCK_EXCLUSIVE, "", "").encode()
 
 
-def _assert_locked() -> Exec:
+def assert_locked() -> Exec:
     return Exec("lock", "assert_locked", ASSERT_LOCKED)
-
-
-class HeadMap(ObjectMapKeeper):
-    """The HEAD map in memory while this client owns the image; used where the store does not keep it itself."""
-
-    def __init__(self, ctx: ObjectContext, image_id: str, failed: Callable[[OSError], None]) -> None:
-        self._ctx = ctx
-        self._image_id = image_id
-        self._oid = map_oid(image_id)
-        self._failed = failed
-        self._states = load(ctx, image_id)
-        self._broken = False
-
-    def exists(self, objno: int) -> None:
-        if objno < len(self._states) and self._states[objno] != EXISTS:
-            self._update(objno, EXISTS, None)
-
-    def copied_up(self, objno: int, snap_ids: Sequence[int], *, only: bool) -> None:
-        """Changed in the oldest snapshot, unchanged since in the others; in HEAD too when it was just copied."""
-        for snap_id in reversed(snap_ids):
-            state = EXISTS if snap_id == snap_ids[-1] else EXISTS_CLEAN
-            update = call("object_map_update", u64(objno), u64(objno + 1), u8(state), u8(0))
-            try:
-                self._ctx.write(map_oid(self._image_id, snap_id), [update])
-            except OSError as failure:
-                # The snapshot was smaller, or has no map.
-                if failure.errno not in (errno.ERANGE, errno.ENOENT):
-                    self._failed(failure)
-        if objno < len(self._states):
-            self._update(objno, EXISTS_CLEAN if only and snap_ids else EXISTS, None)
-
-    def pending(self, objno: int) -> None:
-        if objno < len(self._states) and self._states[objno] != NONEXISTENT:
-            self._update(objno, PENDING, None)
-
-    def gone(self, objno: int) -> None:
-        if objno < len(self._states) and self._states[objno] == PENDING:
-            self._update(objno, NONEXISTENT, PENDING)
-
-    @property
-    def broken(self) -> bool:
-        return self._broken
-
-    def _update(self, objno: int, state: int, current: int | None) -> None:
-        if self._broken:
-            return
-        filtered = u8(0) if current is None else u8(1) + u8(current)
-        update = call("object_map_update", u64(objno), u64(objno + 1), u8(state), filtered)
-        try:
-            self._ctx.write(self._oid, [_assert_locked(), update])
-        except OSError as failure:
-            # As librbd: mark the map invalid and go on without it.
-            log.warning("%s: cannot be updated: %s", self._oid, failure)
-            self._broken = True
-            self._failed(failure)
-            return
-        self._states[objno] = state
 
 
 def invalidate(ctx: ObjectContext, oid: str, snap_ids: list[int], flags: int) -> None:

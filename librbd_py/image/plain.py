@@ -1,21 +1,26 @@
-"""The data path in plain Python: for stores without a C data plane (the memory fake), and a readable statement of what
-the C engine does. Same interface as `datapath.NativeImage`; slow, but object for object what librbd does.
+"""The data path of stores without a C data plane, which is the store in memory: what tests and examples need, no more.
+
+Guests are never served by it: exports ask for `NativeImage`. Striping is `layout.py`'s and reading through parents
+`content.py`'s, as everywhere in Python; the rules of writing (copy-up, tombstones, the object map) are those of the C
+engine, said again. tests/conformance and tests/fault/random_ops.py run the same programs on both.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from librbd_py.format.object_map import EXISTS, EXISTS_CLEAN, NONEXISTENT, PENDING
 from librbd_py.store.api import (
     NO_SNAPS,
     Create,
     Exec,
+    ObjectContext,
     Op,
-    Read,
     Remove,
     Truncate,
     Write,
@@ -23,37 +28,14 @@ from librbd_py.store.api import (
     Zero,
 )
 
+from . import object_map
+from .cls import call, u8, u64
+from .content import parent_ranges, read_view
+from .header import map_oid
 from .objects import exists
-from .view import ViewSpec
+from .view import NO_MAP, WRITES, ObjectMapKeeper, ViewSpec
 
-
-class ObjectMapKeeper:
-    """What keeps the HEAD object map true while data changes; this one has no map to keep."""
-
-    def exists(self, objno: int) -> None:
-        """Called before an object may come into being or change."""
-
-    def copied_up(self, objno: int, snap_ids: Sequence[int], *, only: bool) -> None:
-        """Called before an object comes into being in these snapshots (newest first) and in HEAD. `only`: no write
-        follows."""
-
-    def pending(self, objno: int) -> None:
-        """Called before an object is removed."""
-
-    def gone(self, objno: int) -> None:
-        """Called after it was removed."""
-
-    @property
-    def broken(self) -> bool:
-        """A change failed: the header calls the map invalid since then."""
-        return False
-
-    def stop(self) -> None:
-        """The map is not kept any more. No request may run that changes objects."""
-
-
-NO_MAP = ObjectMapKeeper()
-WRITES, EVERYTHING = 1, 3
+log = logging.getLogger("librbd_py.image")
 
 
 class PlainData:
@@ -226,29 +208,58 @@ class PlainData:
         return True
 
 
-def parent_ranges(view: ViewSpec, objno: int) -> list[tuple[int, int]]:
-    """The parts of the parent, as image ranges, that show through where this object does not exist."""
-    if view.parent is None or not view.overlap:
-        return []
-    return view.layout.within(objno, 0, view.layout.object_size, view.overlap)
+class HeadMap(ObjectMapKeeper):
+    """The HEAD map in memory while this client owns the image; used where the store does not keep it itself."""
 
+    def __init__(self, ctx: ObjectContext, image_id: str, failed: Callable[[OSError], None]) -> None:
+        self._ctx = ctx
+        self._image_id = image_id
+        self._oid = map_oid(image_id)
+        self._failed = failed
+        self._states = object_map.load(ctx, image_id)
+        self._broken = False
 
-def read_view(view: ViewSpec, offset: int, length: int) -> bytes:
-    """Image content through a view. The parent's end and holes read as zeros."""
-    out = bytearray(length)
-    for piece in view.layout.map(offset, length):
+    def exists(self, objno: int) -> None:
+        if objno < len(self._states) and self._states[objno] != EXISTS:
+            self._update(objno, EXISTS, None)
+
+    def copied_up(self, objno: int, snap_ids: Sequence[int], *, only: bool) -> None:
+        """Changed in the oldest snapshot, unchanged since in the others; in HEAD too when it was just copied."""
+        for snap_id in reversed(snap_ids):
+            state = EXISTS if snap_id == snap_ids[-1] else EXISTS_CLEAN
+            update = call("object_map_update", u64(objno), u64(objno + 1), u8(state), u8(0))
+            try:
+                self._ctx.write(map_oid(self._image_id, snap_id), [update])
+            except OSError as failure:
+                # The snapshot was smaller, or has no map.
+                if failure.errno not in (errno.ERANGE, errno.ENOENT):
+                    self._failed(failure)
+        if objno < len(self._states):
+            self._update(objno, EXISTS_CLEAN if only and snap_ids else EXISTS, None)
+
+    def pending(self, objno: int) -> None:
+        if objno < len(self._states) and self._states[objno] != NONEXISTENT:
+            self._update(objno, PENDING, None)
+
+    def gone(self, objno: int) -> None:
+        if objno < len(self._states) and self._states[objno] == PENDING:
+            self._update(objno, NONEXISTENT, PENDING)
+
+    @property
+    def broken(self) -> bool:
+        return self._broken
+
+    def _update(self, objno: int, state: int, current: int | None) -> None:
+        if self._broken:
+            return
+        filtered = u8(0) if current is None else u8(1) + u8(current)
+        update = call("object_map_update", u64(objno), u64(objno + 1), u8(state), filtered)
         try:
-            data = view.data.ctx.read(view.data.oid(piece.objno), [Read(piece.offset, piece.length)], view.snap_id)[0]
-            out[piece.position : piece.position + len(data)] = data
+            self._ctx.write(self._oid, [object_map.assert_locked(), update])
         except OSError as failure:
-            if failure.errno != errno.ENOENT:
-                raise
-            if view.parent is None:
-                continue
-            at = piece.position
-            for start, size in view.layout.unmap(piece.objno, piece.offset, piece.length):
-                shown = min(size, view.overlap - start, view.parent.size - start)
-                if shown > 0:
-                    out[at : at + shown] = read_view(view.parent, start, shown)
-                at += size
-    return bytes(out)
+            # As librbd: mark the map invalid and go on without it.
+            log.warning("%s: cannot be updated: %s", self._oid, failure)
+            self._broken = True
+            self._failed(failure)
+            return
+        self._states[objno] = state

@@ -15,9 +15,9 @@ from .cls import u64
 from .directory import check_size
 from .handle import ImageHandle
 from .objects import ignoring
-from .plain import ObjectMapKeeper
 from .progress import Progress, report
 from .proxy import perform
+from .view import ObjectMapKeeper
 
 SCAN_LIMIT = 4096  # more objects than this are not tried one by one without a hint of which exist
 

@@ -15,10 +15,10 @@ from librbd_py.store.api import NOSNAP, ObjectContext, Rollback
 
 from . import cls, object_map
 from .cls import Snapshot, call, text, u8, u64
+from .content import read_view
 from .handle import ImageHandle, announce
 from .header import Header, header_oid, load
 from .objects import ignoring
-from .plain import read_view
 from .progress import Progress, report
 from .proxy import perform
 from .resize import known_states, resize

@@ -6,15 +6,13 @@ The C engine has its own form of it (`rbdn_view`, made in `datapath.py`); `plain
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from librbd_py.store.api import NO_SNAPS, NOSNAP, NativeData, ObjectContext, SnapContext
 
 from .layout import Layout
-
-if TYPE_CHECKING:
-    from .plain import ObjectMapKeeper
 
 DISCARD_GRANULARITY = 65536  # bytes; Ceph's rbd_discard_granularity_bytes
 
@@ -67,6 +65,35 @@ class ViewSpec:
             views.append(view)
             view = view.parent
         return views
+
+
+class ObjectMapKeeper:
+    """What keeps the HEAD object map true while data changes; this one has no map to keep."""
+
+    def exists(self, objno: int) -> None:
+        """Called before an object may come into being or change."""
+
+    def copied_up(self, objno: int, snap_ids: Sequence[int], *, only: bool) -> None:
+        """Called before an object comes into being in these snapshots (newest first) and in HEAD. `only`: no write
+        follows."""
+
+    def pending(self, objno: int) -> None:
+        """Called before an object is removed."""
+
+    def gone(self, objno: int) -> None:
+        """Called after it was removed."""
+
+    @property
+    def broken(self) -> bool:
+        """A change failed: the header calls the map invalid since then."""
+        return False
+
+    def stop(self) -> None:
+        """The map is not kept any more. No request may run that changes objects."""
+
+
+NO_MAP = ObjectMapKeeper()
+WRITES, EVERYTHING = 1, 3
 
 
 class DataPath(Protocol):

@@ -9,9 +9,9 @@ from librbd_py import rbd
 from librbd_py.format import features as ft
 from librbd_py.format import trash as ftr
 from librbd_py.image import clones, cls, directory, map_check, pool, snapshots, trash
+from librbd_py.image.content import read_view
 from librbd_py.image.directory import CreateOptions
 from librbd_py.image.handle import ImageHandle
-from librbd_py.image.plain import read_view
 from librbd_py.store.api import NOSNAP, ObjectContext, Store
 
 ORDER = 16  # 64 KiB objects
