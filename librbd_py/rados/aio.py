@@ -89,6 +89,11 @@ class AioOperations:
         _queue.submit((id(ioctx.rados), ioctx.get_pool_id(), ioctx.nspace, oid), job)
         return completion
 
+    def _after_aio(self, oid: str) -> None:
+        """An operation that waits comes after those on the same object that were begun before it, as in librados."""
+        ioctx: Any = self
+        _queue.settle((id(ioctx.rados), ioctx.get_pool_id(), ioctx.nspace, oid))
+
     def _with_output(
         self,
         ioctx: Ioctx,

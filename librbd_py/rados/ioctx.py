@@ -129,12 +129,14 @@ class Ioctx(AioOperations):
                 raise OSError(errno.EINVAL, "all namespaces can be listed, not written")
             if self.read_snap != LIBRADOS_SNAP_HEAD:
                 raise OSError(errno.EROFS, "the context reads a snapshot")
+            self._after_aio(key)
             return context.write(key, ops, self._snapc)
 
     def _read(self, oid: str, ops: Sequence[api.Op], what: str) -> list[Any]:
         key = text(oid, "key")
         context = self.context
         with rados_errors(what):
+            self._after_aio(key)
             return context.read(key, ops, self.read_snap)
 
     def write(self, key: str, data: bytes, offset: int = 0) -> int:
@@ -350,8 +352,11 @@ class Ioctx(AioOperations):
     def operate_write_op(
         self, write_op: WriteOp, oid: str, mtime: int = 0, flags: int = LIBRADOS_OPERATION_NOFLAG
     ) -> None:
-        """All of it or nothing. `mtime` and `flags` are accepted and ignored: the store takes its own clock."""
-        self._write(oid, list(write_op.ops), f"Failed to operate write op for oid {oid}")
+        """All of it or nothing; the list is empty afterwards, as librados leaves it. `mtime` and `flags` are accepted
+        and ignored: the store takes its own clock."""
+        ops = list(write_op.ops)
+        write_op.ops.clear()
+        self._write(oid, ops, f"Failed to operate write op for oid {oid}")
 
     def operate_read_op(self, read_op: ReadOp, oid: str, flag: int = LIBRADOS_OPERATION_NOFLAG) -> None:
         if read_op.ops:

@@ -295,6 +295,7 @@ class AioQueue:
         self._pool = ControlPool(threads)
         self._lock = threading.Lock()
         self._chains: dict[object, deque[Callable[[], None]]] = {}
+        self._here = threading.local()  # .works: on a thread of the queue
 
     def submit(self, key: object, job: Callable[[], None]) -> None:
         with self._lock:
@@ -305,7 +306,17 @@ class AioQueue:
             self._chains[key] = deque([job])
         self._pool.submit(lambda: self._run(key))
 
+    def settle(self, key: object) -> None:
+        """Waits for the jobs given so far under this key. At once from a job or its callback: it would wait for
+        itself."""
+        if key not in self._chains or getattr(self._here, "works", False):
+            return
+        done = threading.Event()
+        self.submit(key, done.set)
+        done.wait()
+
     def _run(self, key: object) -> None:
+        self._here.works = True
         while True:
             with self._lock:
                 chain = self._chains[key]
