@@ -39,7 +39,7 @@ SNAP_PREFIX = b"snapshot_"
 SNAP_CHILDREN_PREFIX = b"snap_children_"
 METADATA_PREFIX = b"metadata_"
 COPY_KEY = b"rbdpy_copy"  # ours: of an image that is still being copied from another store
-COPYING, COPIED = b"copying", b"whole"  # its values: half of an image; all of it, without its name so far
+COPYING, COPIED = b"copying ", b"whole"  # its values: half of an image, by whom; all of it, without its name so far
 
 
 # --- snapshot namespaces

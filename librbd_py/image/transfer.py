@@ -12,6 +12,7 @@ what it had completed.
 from __future__ import annotations
 
 import errno
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from librbd_py.format import features as ft
 from librbd_py.format import header as fh
 from librbd_py.format import names
 from librbd_py.format import trash as ftr
-from librbd_py.store.api import Create, ListWatchers, ObjectContext, OmapRmKeys, OmapSet, Remove, Store, Watch
+from librbd_py.store.api import Create, ListWatchers, ObjectContext, OmapCmp, OmapRmKeys, OmapSet, Remove, Store, Watch
 
 from . import cls, object_map, pool
 from .cls import call, text, u8, u64
@@ -53,6 +54,7 @@ class _Place:
     ctx: ObjectContext
     id: str
     name: str
+    mark: bytes = b""  # in its header, as long as it is this one's
 
     @property
     def oid(self) -> str:
@@ -156,7 +158,7 @@ class Transfer:
         parent = self._parent(header.parent.spec, name) if header.parent.exists else None
         data_here = header.data_pool_id
         data_there = -1 if data_here == -1 else self._context(data_here, ctx.namespace).pool_id
-        made = _Place(there, self._free_id(there, image_id), name)
+        made = _Place(there, self._free_id(there, image_id), name, COPYING + secrets.token_hex(8).encode())
         now = time.time()
         entry = ftr.TrashImageSpec(ftr.SOURCE_MIGRATION, name, cls.moment(now), cls.moment(now + KEEP))
         cls.trash_add(there, made.id, entry)
@@ -183,12 +185,13 @@ class Transfer:
             self._compare_headers(ctx, image_id, made, header, snaps, parent)
             if trash is None:
                 require_free(there, name)
-            there.write(made.oid, [OmapSet({MARK: WHOLE})])
+            there.write(made.oid, [OmapCmp({MARK: (made.mark, "eq")}), OmapSet({MARK: WHOLE})])
         except BaseException:
             if watch is not None:
                 watch.close()
             with suppress(OSError):  # a destination that is gone: the next copy takes it away
-                discard(self.dest, there, made.id)
+                if _mark(there, made.id) in (None, made.mark):  # else somebody took it for abandoned and began again
+                    discard(self.dest, there, made.id)
             raise
         # From here on the next copy completes what fails.
         try:
@@ -219,7 +222,7 @@ class Transfer:
         try:
             for snap in header.snaps:
                 snaps[snap.id] = data_ctx.snap_create()
-            rows = {**header.rewritten(snaps, parent, prefix, data_pool), MARK: COPYING}
+            rows = {**header.rewritten(snaps, parent, prefix, data_pool), MARK: made.mark}
             method = [u64(header.size), u8(header.order), u64(header.features), text(prefix)]
             if data_pool != -1:
                 method.append(u64(data_pool))

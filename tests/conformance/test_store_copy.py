@@ -131,6 +131,45 @@ def test_ceph_reads_what_came(stores: Stores, ceph_cluster: DevCluster) -> None:
     ]
 
 
+def test_images_made_by_ceph_come_over(stores: Stores, ceph_cluster: DevCluster) -> None:
+    """Striped data in another pool, a snapshot in the trash that a clone needs, an image without any maps."""
+    stores.make("ceph")
+    pool, data = stores.pools
+
+    def ceph(*words: str) -> bytes:
+        command = ["timeout", "60", "rbd", "-c", ceph_cluster.conf, *words]
+        return subprocess.run(command, check=True, capture_output=True).stdout
+
+    def bench(image: str, size: str, total: str) -> None:
+        random_ = ("--io-type", "write", "--io-pattern", "rand", "--io-size", size, "--io-total", total)
+        ceph("bench", *random_, f"{pool}/{image}")
+
+    layout = ("--object-size", "64K", "--stripe-unit", "16K", "--stripe-count", "4", "--data-pool", data)
+    ceph("create", f"{pool}/r", "--size", "2M", *layout)
+    for snap in "abc":
+        bench("r", "4K", "128K")
+        ceph("snap", "create", "--no-progress", f"{pool}/r@{snap}")
+    ceph("snap", "rm", "--no-progress", f"{pool}/r@a")
+    ceph("resize", "--no-progress", "--allow-shrink", "--size", "1M", f"{pool}/r")
+    ceph("clone", "--rbd-default-clone-format", "2", f"{pool}/r@b", f"{pool}/k")
+    bench("k", "4K", "64K")
+    ceph("snap", "create", "--no-progress", f"{pool}/k@q")
+    ceph("snap", "rm", "--no-progress", f"{pool}/r@b")
+    ceph("create", f"{pool}/shared", "--size", "1M", "--image-shared")
+    bench("shared", "4K", "64K")
+    ceph("snap", "create", "--no-progress", f"{pool}/shared@z")
+    there = stores.open(f"ceph:{ceph_cluster.conf}")
+    here = stores.open(stores.url("embedded"))
+    transfer = Transfer(there, here)
+    transfer.pool(pool)
+    assert sorted(row.name for row in transfer.copied) == ["k", "r", "shared"]
+    assert described(here, (pool,)) == described(there, (pool,))
+    for name, snap in (("r", None), ("r", "c"), ("k", None), ("k", "q"), ("shared", None), ("shared", "z")):
+        with rbd.Image(here.open(pool), name, snapshot=snap, read_only=True) as image:
+            spec = f"{pool}/{name}@{snap}" if snap else f"{pool}/{name}"
+            assert ceph("export", "--no-progress", spec, "-") == image.read(0, image.size())
+
+
 def test_one_image_brings_its_parents_and_no_others(stores: Stores) -> None:
     source, dest = stores.make("embedded")[1], stores.open("memory")
     fill(source, *stores.pools)

@@ -131,7 +131,7 @@ class ImageChecker:
             self._family(header)
             if header.copying is not None:
                 self._found(_NOTE, header.oid, "is a copy that was cut off", "copy the image again (rbdpy store copy)")
-            if header.copying != COPYING:
+            if header.copying is None or not header.copying.startswith(COPYING):
                 self._maps(header)
 
     def _omap(self, pool: int, namespace: str, oid: str) -> Iterator[tuple[bytes, bytes]]:
