@@ -11,12 +11,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import zlib
 from pathlib import Path
 from typing import Any
 
 from qemu_glue.qmp_wire import QMPError
+
+log = logging.getLogger(__name__)
 
 SLACK = 256  # useless records that are not worth a rewrite
 SIZE_MAX = 64 << 20  # bytes; what is larger was not written by a daemon
@@ -34,6 +37,8 @@ class Journal:
         try:
             self._lock()
             self._load()
+            if not self._records:
+                self._sync_folder()  # a new file: its name must be on the disk before what it remembers is counted on
         except BaseException:
             os.close(self._fd)
             raise
@@ -49,7 +54,10 @@ class Journal:
             self._append({"forget": key})
             del self.commands[key]
             if self._records > 2 * len(self.commands) + SLACK:
-                self._rewrite()
+                try:
+                    self._rewrite()
+                except OSError as error:  # the record is on the disk: no reason to fail the command
+                    log.warning("%s stays long: %s", self._path, error)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -119,7 +127,10 @@ class Journal:
             raise
         os.close(old)
         self._records = len(self.commands)
-        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        self._sync_folder()
+
+    def _sync_folder(self) -> None:
+        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)
         finally:

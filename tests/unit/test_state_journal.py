@@ -120,6 +120,42 @@ def test_the_file_stays_short(path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_a_rewrite_that_fails_fails_no_command(path: Path) -> None:
+    """It only saves room. Tried again by the next."""
+    in_the_way = path.with_name(path.name + ".new")
+    in_the_way.mkdir()
+    journal = Journal(path)
+    for turn in range(SLACK):
+        journal.remember("node a", command(turn))
+        journal.forget("node a")
+    journal.remember("node b", command(1))
+    assert path.read_bytes().count(b"\n") == 2 * SLACK + 1
+    in_the_way.rmdir()
+    journal.forget("node a")
+    journal.remember("node a", command(2))
+    journal.forget("node a")
+    journal.close()
+    assert path.read_bytes().count(b"\n") == 1
+    assert reopened(path) == {"node b": command(1)}
+
+
+def test_the_name_of_a_new_file_is_on_the_disk_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    Journal(path).close()
+    assert synced == [str(path.parent)]
+    filled(path, 2)
+    synced.clear()
+    Journal(path).close()
+    assert synced == []
+
+
 @pytest.fixture
 def little_room() -> Iterator[int]:
     """Files of this process end at 400 bytes: writes become short, then EFBIG."""
