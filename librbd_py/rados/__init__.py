@@ -90,6 +90,14 @@ LIBRADOS_OP_FLAG_FADVISE_NOCACHE = 64
 
 MONITOR_LEVELS = ["debug", "info", "warn", "warning", "err", "error", "sec"]
 
+IMAGE_DEFAULTS = {  # Ceph's, as a program without a cluster would read them
+    "rbd_default_format": "2",
+    "rbd_default_order": "22",
+    "rbd_default_features": "61",
+    "rbd_default_stripe_unit": "0",
+    "rbd_default_stripe_count": "0",
+    "rbd_default_data_pool": "",
+}
 DEFAULT_CONF_PATHS = ("/etc/ceph/ceph.conf", "~/.ceph/ceph.conf", "ceph.conf")
 STORE_OPTION = "rbdpy_store"
 STORE_VARIABLE = "RBDPY_STORE"
@@ -307,13 +315,13 @@ class Rados(Commands):
             self.conf_parse_argv(os.environ[var].split())
 
     def conf_get(self, option: str) -> str | None:
-        """None for an option nobody set; a connection to Ceph knows the defaults too."""
+        """None for an option nobody set; a connection to Ceph knows the defaults too, others those of new images."""
         self.require_state("configuring", "connected")
         name = _normal(text(option, "option"))
         if isinstance(self._store, RadosStore) and name not in self._explicit:
             with suppress(builtins.OSError):
                 return self._store.connection.conf_get(name)
-        return self._conf.get(name)
+        return self._conf.get(name, IMAGE_DEFAULTS.get(name))
 
     def conf_set(self, option: str, val: str) -> None:
         self.require_state("configuring", "connected")

@@ -49,10 +49,12 @@ class Defaults:
     def for_image(self, chosen: CreateOptions) -> CreateOptions:
         """A new image's."""
         if chosen.order is None:
+            if self.option("rbd_default_order") == "0":
+                raise exceptions.ArgumentOutOfRange("option rbd_default_order: objects of 1 byte", 33)
             chosen = replace(chosen, order=self.number("rbd_default_order"))
         if chosen.stripe_unit is None and chosen.stripe_count is None:
             unit, count = self.number("rbd_default_stripe_unit"), self.number("rbd_default_stripe_count")
-            if unit and count:
+            if unit or count:
                 chosen = replace(chosen, stripe_unit=unit, stripe_count=count)
         if chosen.features is None and (features := self.option("rbd_default_features")):
             chosen = replace(chosen, features=feature_names.from_string(features))

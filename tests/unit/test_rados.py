@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from librbd_py import rados
+from librbd_py import rados, rbd
 
 PATIENCE = 20.0
 _names = itertools.count()
@@ -574,3 +574,18 @@ def test_a_failing_callback_hurts_nobody(ioctx: rados.Ioctx, caplog: pytest.LogC
     ioctx.aio_write("o", b"", 0, lambda c: 1 // 0).wait_for_complete_and_cb()
     assert "ZeroDivisionError" in caplog.text
     assert ioctx.complete_completions == []
+
+
+def test_a_new_image_is_what_the_options_say(cluster: rados.Rados, ioctx: rados.Ioctx) -> None:
+    assert cluster.conf_get("rbd_default_order") == "22"
+    cluster.conf_set("rbd_default_order", "20")
+    rbd.RBD().create(ioctx, "small", 1 << 20)
+    with rbd.Image(ioctx, "small") as image:
+        assert image.stat()["order"] == 20
+    cluster.conf_set("rbd_default_order", "0")
+    with pytest.raises(rbd.ArgumentOutOfRange):
+        rbd.RBD().create(ioctx, "none", 1 << 20)
+    cluster.conf_set("rbd_default_order", "20")
+    cluster.conf_set("rbd_default_stripe_count", "4")
+    with pytest.raises(rbd.InvalidArgument):
+        rbd.RBD().create(ioctx, "none", 1 << 20)
