@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
@@ -156,24 +157,26 @@ def test_the_name_of_a_new_file_is_on_the_disk_first(path: Path, monkeypatch: py
     assert synced == []
 
 
-@pytest.fixture
-def little_room() -> Iterator[int]:
-    """Files of this process end at 400 bytes: writes become short, then EFBIG."""
+@contextlib.contextmanager
+def little_room(size: int) -> Iterator[None]:
+    """Files of this process, pytest's own output included, end at `size` bytes: writes become short, then EFBIG."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
-    yield 400
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
-def test_no_room_is_an_error_and_leaves_whole_records(path: Path, little_room: int) -> None:
+def test_no_room_is_an_error_and_leaves_whole_records(path: Path) -> None:
     journal = Journal(path)
     kept = 0
-    with pytest.raises(OSError):
+    with little_room(400), pytest.raises(OSError):
         for kept in range(100):
             journal.remember(f"node n{kept}", command(kept))
     journal.close()
     assert 0 < kept == len(reopened(path))
-    assert path.stat().st_size <= little_room
+    assert path.stat().st_size <= 400
     assert os.path.getsize(path) == sum(len(line) + 1 for line in path.read_bytes().split(b"\n")[:-1])
