@@ -98,7 +98,7 @@ def our_export(folder: Path, conf: str, kind: str) -> Server:
     path = folder / f"ours-{kind}.sock"
     command = [sys.executable, "-m", "librbd_py.cli.main", "--store", f"ceph:{conf}", "export", IMAGE]
     command += ["--vhost-user" if kind == "vhost" else "--nbd", str(path)]
-    return Server(f"librbd-py {kind}", command, path, {CLIENT})
+    return Server(f"librbd-py {kind}", command, path, {CLIENT}, export=IMAGE)
 
 
 def qemu_nbd(folder: Path, conf: str) -> Server:
@@ -120,7 +120,7 @@ def export_rows(folder: Path, conf: str, pairs: int, seconds: float, only: str) 
     """One server at a time has the image open: its lock must not move while it is measured."""
 
     def raw(mode: str, depth: int) -> Load:
-        return loads.raw_nbd(mode, depth, 4096, IMAGE, cpu=CLIENT)
+        return loads.raw_nbd(mode, depth, 4096, cpu=CLIENT)
 
     def vufe(mode: str, depth: int) -> Load:
         return loads.vufe(mode, depth, 4096, SIZE, cpu=CLIENT)
