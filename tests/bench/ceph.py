@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from librbd_py import rados, rbd
 from librbd_py.devcluster import DevCluster, scratch
 from tests.bench import loads, report
 from tests.bench.pairs import Load, Row, Sample, measure
-from tests.bench.scale import Fact, rss_kib
+from tests.bench.scale import many_images
 from tests.bench.servers import Server
 
 MIB = 1 << 20
@@ -149,25 +148,6 @@ def export_rows(folder: Path, conf: str, pairs: int, seconds: float, only: str) 
     return rows
 
 
-def many_images(conf: str) -> list[Fact]:
-    with rados.Rados(conffile=conf) as cluster, cluster.open_ioctx("rbd") as ioctx:
-        for number in range(IMAGES):
-            rbd.RBD().create(ioctx, f"image{number}", 1 << 30)
-        with rbd.Image(ioctx, "image0"):
-            pass
-        threads, before, begin = len(os.listdir("/proc/self/task")), rss_kib(), time.monotonic()
-        images = [rbd.Image(ioctx, f"image{number}") for number in range(IMAGES)]
-        took = time.monotonic() - begin
-        more, memory = len(os.listdir("/proc/self/task")) - threads, (rss_kib() - before) / IMAGES
-        for image in images:
-            image.close()
-    return [
-        Fact(f"open {IMAGES} images, Ceph", f"{took:.2f} s", "3 s", "1 s", took <= 3),
-        Fact(f"threads of {IMAGES} idle images", str(more), "0", "0", more <= 0),
-        Fact("memory of an idle image", f"{memory:.0f} KiB", "512 KiB", "128 KiB", memory <= 512),
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench STORE=ceph", description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
@@ -182,7 +162,10 @@ def main() -> None:
             pin_cluster(cluster)
             rows = client_rows(cluster.conf, prefix, options.pairs, options.seconds, options.only)
             rows += export_rows(folder, cluster.conf, options.pairs, options.seconds, options.only)
-            facts = many_images(cluster.conf) if options.only in "open images" else []
+            facts = []
+            if options.only in f"open {IMAGES} images":
+                with rados.Rados(conffile=cluster.conf) as client:
+                    facts = many_images(client, IMAGES, "Ceph")
             where = "OSD (memstore, Ceph 16.2.15) on CPU 1; clients, servers and loads on CPU 0; librbd's cache off."
             text = report.table(rows, facts, where)
             print(text)
