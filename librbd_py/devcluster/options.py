@@ -149,6 +149,11 @@ def configuration(options: Options, folder: Path, fsid: str, mon_ports: tuple[in
         # An OSD that was suspended longer than its lease to serve reads asks the other copies for a new one: with none
         # it would wait for ever (Ceph 16). Nobody else can serve them, so the lease may be long: this times the grace.
         common["osd pool default read lease ratio"] = 1000
+    if options.objectstore == "memstore":
+        # Its omap iterators are not safe against changes by another thread, and the record of snapshots that placement
+        # groups share is both walked (trimming) and changed: the OSD crashed. One thread does one after the other.
+        common["osd op num shards"] = 1
+        common["osd op num threads per shard"] = 1
     common |= dict(options.settings)
     osd = {
         "osd data": folder / "osd$id",

@@ -81,7 +81,9 @@ def client_rows(conf: str, prefix: str, pairs: int, seconds: float, only: str) -
         ("client 4 KiB randwrite QD32", librbd, client_load("write", 32), "1x", "1.25x"),
         ("client 4 KiB randwrite QD32", floor, client_load("write", 32), "", ""),
         ("client 4 KiB randread QD1", librbd, client_load("read", 1), "1x", "1.25x"),
+        ("client 4 KiB randread QD1", floor, client_load("read", 1), "", ""),
         ("client 4 KiB randwrite QD1", librbd, client_load("write", 1), "1x", "1.25x"),
+        ("client 4 KiB randwrite QD1", floor, client_load("write", 1), "", ""),
         ("client 4 KiB sequential read QD32", librbd, client_load("seqread", 32), "1x", "6x"),
         ("client 4 KiB sequential write QD32", librbd, client_load("seqwrite", 32), "1x", "6x"),
     ]
