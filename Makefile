@@ -89,7 +89,7 @@ bench: setup-test ## side by side with the named peers; writes tests/bench/resul
 	@$(PY) -m tests.bench$(if $(filter ceph,$(STORE)),.ceph) $(BENCH_ARGS)
 
 soak: setup-test ## the long versions of the random and fault tests
-	@RBDPY_SOAK=1 $(PY) -m pytest -m "soak or not soak" $(PYTEST_ARGS)
+	@RBDPY_SOAK=1 PYTEST_TIMEOUT=0 $(PY) -m pytest -o faulthandler_timeout=0 -m "soak or not soak" $(PYTEST_ARGS)
 
 clean: ## remove everything built
 	rm -rf $(VENV) $(CACHE) build dist *.egg-info librbd_py/_native*.so

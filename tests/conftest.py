@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,22 @@ def ceph_cluster() -> Iterator[DevCluster]:
         yield cluster
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that failed says which daemon of the shared cluster has ended, and its last words."""
+    report = yield
+    cluster = getattr(item, "funcargs", {}).get("ceph_cluster")
+    if report.failed and isinstance(cluster, DevCluster) and not isinstance(cluster, Existing):
+        report.sections += [("ended daemons of the cluster", text) for text in ended(cluster)]
+    return report
+
+
+def ended(cluster: DevCluster) -> list[str]:
+    """The daemons of the cluster that are not running, each with what it printed last."""
+    states = cluster.status().daemons
+    return [f"{name} is {state}: {cluster.daemon(name).tail()}" for name, state in states.items() if state != "running"]
+
+
 @pytest.fixture(scope="session")
 def ceph_conf(ceph_cluster: DevCluster) -> str:
     """The path of its ceph.conf."""
@@ -50,6 +66,9 @@ def ceph_conf(ceph_cluster: DevCluster) -> str:
 @pytest.fixture
 def ceph_pool(ceph_cluster: DevCluster) -> Iterator[str]:
     """An empty pool of `ceph_cluster`."""
+    if not isinstance(ceph_cluster, Existing):
+        gone = ended(ceph_cluster)
+        assert not gone, "\n".join(gone)  # better than waiting for it
     name = f"test-{next(_numbers)}"
     with Admin(ceph_cluster.conf) as admin:
         admin.mon("osd pool create", pool=name)
