@@ -46,7 +46,7 @@ class WatcherInfo:
     gid: int
     cookie: int
     address: str
-    timeout: int = 30
+    timeout: int = 0
 
 
 @dataclass(frozen=True)
@@ -365,9 +365,10 @@ class ObjectContext(ABC):
 
     @abstractmethod
     def watch(
-        self, oid: str, callback: NotifyCallback, error: WatchErrorCallback | None = None, timeout: int = 30
+        self, oid: str, callback: NotifyCallback, error: WatchErrorCallback | None = None, timeout: int = 0
     ) -> Watch:
-        """ENOENT when the object does not exist."""
+        """`timeout`: seconds of silence after which the store ends the watch; 0: its own (30, unless configured).
+        ENOENT when the object does not exist."""
 
     @abstractmethod
     def notify(self, oid: str, payload: bytes, timeout_ms: int = 5000) -> NotifyReply:

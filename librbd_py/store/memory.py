@@ -448,12 +448,12 @@ class MemoryContext(ObjectContext):
                 trim_pool(pool, snap_id)
 
     def watch(
-        self, oid: str, callback: NotifyCallback, error: WatchErrorCallback | None = None, timeout: int = 30
+        self, oid: str, callback: NotifyCallback, error: WatchErrorCallback | None = None, timeout: int = 0
     ) -> Watch:
         with self._cluster.mutex:
             executor.execute_read(self._begin(oid), [])
             cookie = self._cluster.number("cookie")
-            watch = MemoryWatch(self.store, self._place(oid), cookie, callback, error, timeout)
+            watch = MemoryWatch(self.store, self._place(oid), cookie, callback, error, timeout or 30)
             self._cluster.watches.setdefault(watch.place, []).append(watch)
             return watch
 

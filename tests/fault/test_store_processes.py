@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,14 +209,16 @@ store.open("rbd").notify("o", b"x", 600_000)
     assert list(io.notify("o", b"", DEADLINE * 1000).acks.values()) == [b"fine"]
 
 
-def test_blocklisting_reaches_a_watcher_in_another_process(pack: Workers, store: EmbeddedStore) -> None:
-    victim = pack.start(WATCHER, "victim")
-    address = victim.hear().split()[2]
+def test_blocklisting_kills_the_process_of_a_client(pack: Workers, store: EmbeddedStore) -> None:
+    victim, other = pack.start(WATCHER, "victim"), pack.start(WATCHER, "other")
+    gid, _, address = victim.hear().split()
+    left = watching(other.hear())
     store.blocklist_add(address)
-    assert victim.hear() == f"error {errno.ESHUTDOWN}"
-    victim.say("check")
-    assert victim.hear() == f"lost {errno.ESHUTDOWN}"
-    assert store.open("rbd").notify("o", b"").acks == {}
+    assert not store.alive(int(gid))  # on return, and not some time later
+    assert victim.process.wait(DEADLINE) == -signal.SIGKILL
+    assert store.open("rbd").notify("o", b"", DEADLINE * 1000).acks == {left: b"other"}
+    assert address in store.blocklist()
+    store.blocklist_add(address)  # of the dead it only says so
 
 
 def test_removing_an_object_reaches_a_watcher_in_another_process(pack: Workers, store: EmbeddedStore) -> None:

@@ -1,20 +1,24 @@
 """Who is alive: one lock file per client process in run/.
 
 A client holds a write lock on its open file description of run/<gid>.lock for its whole life, so the kernel takes it
-away when the process dies, however it dies. Who finds it free knows that the client is dead.
+away when the process dies, however it dies. Who finds it free knows that the client is dead. A process that stands
+still (SIGSTOP) keeps it: such a one is silent (life.py), and who is silent for longer than its watch lasts has lost it.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
-import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from .folder import Folder, wait_lock
+from .life import BEAT, LATE, Identity, Life, heart, identity_of, is_alive, last_beat, lock_byte, now_ms
 
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, len, pid
+SURE_SECONDS = 2.0  # how long a silent client is watched before it is believed
 _NAMES = re.compile(r"(\d{1,20})\.(lock|sock)")
 GUARD = "guard"  # locked by who enters run/
 WATCH_FILES = ("watch.db", "watch.db-wal", "watch.db-shm", "watch.db-journal")
@@ -37,7 +41,10 @@ class Presence:
     def __init__(self, run: Folder, gid: int) -> None:
         self.run = run
         self.gid = gid
-        self._fd = -1
+        self._life: Life | None = None
+        self._late: Callable[[], None] | None = None
+        self._lock = threading.Lock()  # guards _silent
+        self._silent: dict[int, int] = {}  # gid -> the beat after which it was watched and none came
 
     def enter(self, seconds: float = 30) -> None:
         """Takes the lock. Who finds nobody else alive clears run/ of everything that earlier clients left."""
@@ -47,11 +54,10 @@ class Presence:
             self._clear()
             fd = self.run.open_file(f"{self.gid}.lock", os.O_RDWR | os.O_CREAT | os.O_EXCL)
             try:
-                lock_file(fd)
+                self._life = Life(fd)
             except BaseException:
                 os.close(fd)
                 raise
-            self._fd = fd
         finally:
             os.close(guard)
 
@@ -77,38 +83,96 @@ class Presence:
         gids = [int(match[1]) for match in found if match and match[2] == "lock"]
         return [gid for gid in gids if gid != self.gid and self.alive(gid)]
 
-    def alive(self, gid: int) -> bool:
-        if gid == self.gid and self._fd >= 0:
-            return True
+    @contextmanager
+    def _file(self, gid: int) -> Iterator[int | None]:
+        """Another client's lock file. None: there is none."""
         try:
             fd = self.run.open_file(f"{gid}.lock", os.O_RDWR)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP):
-                return False
-            raise
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
+            yield None
+            return
         try:
-            answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            yield fd
         finally:
             os.close(fd)
-        kind: int = _FLOCK.unpack(answer)[0]
-        return kind != fcntl.F_UNLCK
+
+    def alive(self, gid: int) -> bool:
+        """Whether its process exists: it may still do things, even if it stands still now."""
+        if gid == self.gid and self._life is not None:
+            return True
+        with self._file(gid) as fd:
+            return fd is not None and is_alive(fd)
+
+    def identity(self, gid: int) -> Identity | None:
+        """Of a client's process, while it lives. None: it does not live, or does not say."""
+        with self._file(gid) as fd:
+            return None if fd is None else identity_of(fd)
+
+    def silence(self, gid: int) -> float | None:
+        """Seconds since another client was seen running. None: it says nothing that could be compared."""
+        beat = self._beat_of(gid)
+        return None if beat is None else max(now_ms() - beat, 0) / 1000
+
+    def _beat_of(self, gid: int) -> int | None:
+        with self._file(gid) as fd:
+            return None if fd is None else last_beat(fd)
+
+    def silent(self, gid: int, seconds: float) -> bool:
+        """Whether a client has stood still for so long that who only waits `seconds` for it may call it dead. True is
+        believed after watching it for a moment: when the whole machine stood still everybody looks dead at first."""
+        limit = (seconds + 2 * BEAT) * 1000  # a pause shorter than `seconds` must not count, whenever it begins
+        beat = self._beat_of(gid)
+        if gid == self.gid or beat is None or now_ms() - beat <= limit:
+            return False
+        with self._lock:
+            if self._silent.get(gid) == beat:
+                return True
+        for _ in range(20):  # counted, for a clock may jump in just such a moment
+            time.sleep(SURE_SECONDS / 20)
+            if self._beat_of(gid) != beat:
+                return False
+        with self._lock:
+            if len(self._silent) > 1000:
+                self._silent.clear()
+            self._silent[gid] = beat
+        return True
+
+    def still_silent(self, gid: int) -> bool:
+        """Since `silent` said so."""
+        with self._lock:
+            return self._silent.get(gid, -1) == self._beat_of(gid)
 
     def forget(self, gid: int) -> None:
         """Files of a client that is dead."""
         self.run.remove(f"{gid}.sock")
         self.run.remove(f"{gid}.lock")
 
-    def leave(self) -> None:
-        if self._fd >= 0:
-            self.forget(self.gid)
-            self.drop()
+    # --- our own life
 
-    def drop(self) -> None:
-        """Lets go of the lock and nothing else (also in the child of a fork, which must not keep its parent alive)."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+    def give_signs(self, late: Callable[[], None]) -> None:
+        """From now on once a second. `late()` runs after a pause in which others may have called us dead."""
+        self._late = late
+        heart.add(self)
+
+    def beat(self) -> None:
+        if self._life is not None and self._life.beat() > LATE and self._late is not None:
+            self._late()
+
+    def leave(self) -> None:
+        if self._life is not None:
+            heart.remove(self)
+            self.forget(self.gid)
+            self._life.drop()
+            self._life = None
+
+    def after_fork(self) -> None:
+        """In the child, which must not keep its parent alive."""
+        if self._life is not None:
+            self._life.after_fork()
+            self._life = None
 
 
 def lock_file(fd: int) -> None:
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    lock_byte(fd, 0, 0)

@@ -180,8 +180,9 @@ class EmbeddedContext(api.ObjectContext):
     # --- watches
 
     def watch(
-        self, oid: str, callback: api.NotifyCallback, error: api.WatchErrorCallback | None = None, timeout: int = 30
+        self, oid: str, callback: api.NotifyCallback, error: api.WatchErrorCallback | None = None, timeout: int = 0
     ) -> EmbeddedWatch:
+        timeout = timeout or self.store.watch_timeout
         if not 0 < timeout < MAX_TIMEOUT:
             raise OSError(errno.EINVAL, f"a watch timeout of {timeout} s")
         self._must_exist(oid)

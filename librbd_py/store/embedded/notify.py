@@ -103,6 +103,8 @@ class Dispatcher:
             self._watches[watcher.cookie] = watcher
             first = len(self._watches) == 1
         try:
+            if first:
+                self._presence.give_signs(self._was_late)
             self._registry.add(place, watcher.cookie, timeout)
         except BaseException:
             with self._lock:
@@ -369,6 +371,14 @@ class Dispatcher:
         except OSError as error:
             log.warning("cannot look at the blocklist: %s", error)
 
+    def _was_late(self) -> None:
+        """This process stood still for a while (or the heart did): who noticed may have ended our watches."""
+        self._enqueue(self._look_after_pause)
+
+    def _look_after_pause(self) -> None:
+        self._registry.settle()
+        self._look_for_lost()
+
     def _look_for_lost(self) -> None:
         with self._lock:
             watchers = [w for w in self._watches.values() if w.registered]
@@ -434,7 +444,7 @@ class Dispatcher:
 
 
 def _lost() -> OSError:
-    return OSError(errno.ENOTCONN, "the watch is gone: its object was removed")
+    return OSError(errno.ENOTCONN, "the watch is gone: its object was removed, or this client stood still for too long")
 
 
 def _trusted(ancillary: list[tuple[int, int, bytes]]) -> bool:

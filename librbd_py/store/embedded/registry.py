@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
 from collections.abc import Iterable
@@ -11,6 +12,8 @@ from .client import Presence, address_of
 from .database import Database, primary_code
 from .folder import Folder
 from .schema import WATCH_TABLES, statements
+
+log = logging.getLogger(__name__)
 
 LOG_PAGES = 64  # the database is small, and copying costs no sync
 LOG_ROOM = 512 << 10  # bytes: so many pages and what a transaction adds
@@ -61,7 +64,24 @@ class Registry:
         for gid in dead:
             self.drop_client(gid)
             self._presence.forget(gid)
-        return [row for row in rows if row[0] not in dead] if dead else rows
+        silent = [row for row in rows if row[0] not in dead and self._presence.silent(row[0], row[2])]
+        gone = {row[:2] for row in silent if self._end(*row[:2])}
+        return [row for row in rows if row[0] not in dead and row[:2] not in gone] if dead or gone else rows
+
+    def _end(self, gid: int, cookie: int) -> bool:
+        """A watch whose client was silent for longer than it lasts; running again it registers anew. False: it runs.
+        The client beats before it looks, under the same lock, which of its watches are left."""
+        with self._db.write() as c:
+            if not self._presence.still_silent(gid):
+                return False
+            c.execute("DELETE FROM watches WHERE gid=? AND cookie=?", (gid, cookie))
+        log.warning("client %d stands still: its watch %d has ended", gid, cookie)
+        return True
+
+    def settle(self) -> None:
+        """Who was ending a watch has done so; who has not begun will see our last beat."""
+        with self._db.write():
+            pass
 
     def drop_client(self, gid: int) -> None:
         with self._db.write() as c:

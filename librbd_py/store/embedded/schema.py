@@ -113,7 +113,7 @@ CREATE TABLE IF NOT EXISTS watches(
     oid TEXT NOT NULL,
     gid INTEGER NOT NULL,
     cookie INTEGER NOT NULL,
-    timeout INTEGER NOT NULL,       -- seconds, as asked for; nothing expires here
+    timeout INTEGER NOT NULL,       -- seconds of silence after which it ends
     PRIMARY KEY(pool, ns, oid, gid, cookie)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS watches_gid ON watches(gid);

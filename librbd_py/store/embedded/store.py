@@ -10,14 +10,14 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from librbd_py.format.lock import EntityAddress
 
 from .. import api
 from ..api import Client, PoolInfo, PoolStats
 from ..executor import check_name
-from . import snaps
+from . import fencing, snaps
 from .client import Presence, address_of, gid_of
 from .context import EmbeddedContext
 from .layouts import LayoutRow, Layouts
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 MAX_POOL_NAME = 256  # bytes
 DEFAULT_BLOCKLIST_SECONDS = 3600  # what 0 means
+WATCH_SECONDS = 30  # of silence, after which a watch ends; as Ceph's osd_client_watch_timeout
+WATCH_VARIABLE = "RBDPY_WATCH_TIMEOUT"  # another number for the watches of this process
 
 _stores: weakref.WeakSet[EmbeddedStore] = weakref.WeakSet()
 _abandoned: list[object] = []  # connections of a parent process: never touched, never collected
@@ -46,6 +48,7 @@ class EmbeddedStore(api.Store):
         self._opened = opened = open_store(os.fspath(path), create=create)
         self.path = opened.root.path
         self.fsid = opened.fsid
+        self.watch_timeout = _watch_timeout()
         self.db = opened.db
         self.layouts = Layouts(opened.data)
         self._lock = threading.Lock()  # guards the next two
@@ -132,6 +135,10 @@ class EmbeddedStore(api.Store):
 
     def alive(self, gid: int) -> bool:
         return self._presence.alive(gid)
+
+    def silence(self, gid: int) -> float | None:
+        """Seconds since a client was seen running; None: it does not live, or watches nothing."""
+        return self._presence.silence(gid)
 
     def end_watches(self, places: Sequence[Place]) -> None:
         """The objects are gone: so are their watches."""
@@ -252,8 +259,26 @@ class EmbeddedStore(api.Store):
     # --- fencing
 
     def blocklist_add(self, address: str, seconds: int = 3600) -> None:
-        """The victim's watches end at once and it is told; an operation it has begun is not undone."""
+        """Kills the process in which that client lives, if any, and returns when it is gone: its images are writable by
+        nobody then. Everything else in that process ends with it. A client in this very process is told instead, and
+        its watches and operations end with ESHUTDOWN.
+
+        EPERM: it lives and cannot be killed from here (another PID namespace, another user): it is not blocklisted
+        either. ETIMEDOUT: it is, but its process does not end.
+        """
         address = _canonical(address)
+        gid = gid_of(address)
+        with ExitStack() as stack:
+            targets = self._presence.others() if gid == 0 else [] if gid in (None, self.client.gid) else [gid]
+            found = [fencing.find(self._presence, target) for target in targets if target is not None]
+            victims = [victim for victim in found if victim is not None]
+            for victim in victims:
+                stack.callback(victim.close)
+            self._blocklist(address, gid, seconds)
+            for victim in victims:
+                victim.kill()
+
+    def _blocklist(self, address: str, gid: int | None, seconds: int) -> None:
         now = time.time()
         with self.writing() as c:
             c.execute("DELETE FROM blocklist WHERE expires<=?", (now,))
@@ -261,7 +286,6 @@ class EmbeddedStore(api.Store):
                 "INSERT OR REPLACE INTO blocklist VALUES (?,?)",
                 (address, now + (seconds if seconds > 0 else DEFAULT_BLOCKLIST_SECONDS)),
             )
-        gid = gid_of(address)
         victims = self.registry.clients() if gid == 0 else set() if gid is None else {gid}
         for victim in victims:
             self.registry.drop_client(victim)
@@ -299,7 +323,7 @@ class EmbeddedStore(api.Store):
     def after_fork(self) -> None:
         """In the child: let go of what would keep the parent looking alive, and touch nothing else."""
         self._closed = True
-        self._presence.drop()
+        self._presence.after_fork()
         _abandoned.append((self.db.abandon(), self._registry and self._registry.abandon(), self.layouts))
         if self._dispatcher is not None:
             self._dispatcher.drop()
@@ -311,6 +335,13 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def _watch_timeout() -> int:
+    try:
+        return max(1, int(os.environ.get(WATCH_VARIABLE, "")))
+    except ValueError:
+        return WATCH_SECONDS
 
 
 def _canonical(address: str) -> str:

@@ -121,10 +121,10 @@ class RadosContext(api.ObjectContext):
     # --- watches
 
     def watch(
-        self, oid: str, callback: api.NotifyCallback, error: api.WatchErrorCallback | None = None, timeout: int = 30
+        self, oid: str, callback: api.NotifyCallback, error: api.WatchErrorCallback | None = None, timeout: int = 0
     ) -> RadosWatch:
         check_name(oid, self.namespace)
-        if not 0 < timeout < MAX_TIMEOUT:
+        if not 0 <= timeout < MAX_TIMEOUT:
             raise OSError(errno.EINVAL, f"a watch timeout of {timeout} s")
         with self.store.using():
             return self.store.keep_watch(RadosWatch(self, oid, callback, error, timeout))
