@@ -37,13 +37,15 @@ def load_commands() -> None:
         cmd_export,
         cmd_image,
         cmd_libvirt,
+        cmd_lock_owner,
         cmd_meta,
         cmd_snap,
         cmd_store,
         cmd_store_copy,
     )
 
-    del cmd_data, cmd_devcluster, cmd_export, cmd_image, cmd_libvirt, cmd_meta, cmd_snap, cmd_store, cmd_store_copy
+    del cmd_data, cmd_devcluster, cmd_export, cmd_image, cmd_libvirt, cmd_lock_owner, cmd_meta, cmd_snap, cmd_store
+    del cmd_store_copy
 
 
 class Parser(argparse.ArgumentParser):

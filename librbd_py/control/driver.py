@@ -23,6 +23,7 @@ from librbd_py.control import watch as wt
 from librbd_py.control import wire
 from librbd_py.control.lock_events import Locker
 from librbd_py.control.pool import Timer, control_pool
+from librbd_py.control.who import Diary
 from librbd_py.format import notify as nf
 from librbd_py.format.encoding import DecodeError
 from librbd_py.store.api import ObjectContext, Watch
@@ -74,6 +75,7 @@ class HeaderControl:
         self.ctx = ctx
         self.header_oid = header_oid
         self.header_seq = 0  # header updates heard of; compare before and after to know that a refresh is due
+        self.diary = Diary()  # what it says when it is asked who it is
         self._callbacks = callbacks
         self._gid = client.gid
         self._pool = control_pool()
@@ -263,7 +265,10 @@ class HeaderControl:
             case nf.ReleasedLock():
                 self._lock_event(le.PeerReleased())
                 return b""
-            case nf.RequestLock():
+            case nf.WhoAreYou():
+                return self.diary.answer(self.state, self.policy).encode()
+            case nf.RequestLock(client):
+                self.diary.asked(client)
                 result = self._lock_event(le.PeerRequested())
                 return b"" if result is None else nf.encode_response(-result)
         if wire.asks_owner(message) and not self._lock.owning:
@@ -362,6 +367,7 @@ class HeaderControl:
                 case _:
                     work.append(partial(self._lock_operation, action))
         self._forget_timer("lock", self._lock.outstanding)
+        self.diary.note(self._lock.handle_now, self._lock.owning)
         return reply
 
     def _submit(self, job: Job) -> None:

@@ -192,6 +192,15 @@ class MetadataUpdate:
 
 
 @dataclass(frozen=True)
+class WhoAreYou:
+    """Ours alone, with a number far from librbd's: every watcher of ours acks with a `who.Answer`. Real clients ack
+    empty or, owning the lock, -EOPNOTSUPP, as they do with anything they do not know."""
+
+    op: ClassVar[int] = 0x57504252
+    gid: int = 0  # of who asks
+
+
+@dataclass(frozen=True)
 class Unknown:
     op: int
     body: bytes = b""
@@ -219,6 +228,7 @@ Message = (
     | Quiesce
     | Unquiesce
     | MetadataUpdate
+    | WhoAreYou
     | Unknown
 )
 
@@ -327,6 +337,7 @@ _FIELDS: dict[type, tuple[_Field, ...]] = {
         ),
         _REQUEST_V7,
     ),
+    WhoAreYou: (_u64("gid"),),
 }
 _BY_OP: dict[int, type] = {kind.op: kind for kind in _FIELDS}  # type: ignore[attr-defined]
 

@@ -24,6 +24,7 @@ from .events import EVENTS, IO_ERROR, LOCK_NEEDED, LOST, READ_ERROR
 from .view import NO_MAP, ObjectMapKeeper, ViewSpec
 
 READ, WRITE, DISCARD, WRITE_ZEROES, WRITESAME, COMPARE_AND_WRITE, FLUSH = range(7)  # enum req_type
+KINDS = dict(enumerate(("read", "write", "discard", "write_zeroes", "writesame", "compare_and_write", "flush")))
 FUA, UNMAP, EXACT = 1, 2, 4  # enum req_flags
 RUN_HOLE, RUN_ZERO = 1, 2  # enum run_flags
 BUCKETS = 40  # of a latency histogram
@@ -55,6 +56,7 @@ class Stats:
     compare_and_write: OpStats
     flush: OpStats
     idle_ns: int
+    last: str  # kind of the last request that ended, by the names above; "" when none did
     in_flight: int
     parked: int
 
@@ -373,6 +375,7 @@ class NativeImage:
             compare_and_write=one(COMPARE_AND_WRITE),
             flush=one(FLUSH),
             idle_ns=raw.idle_ns,
+            last=KINDS.get(raw.last_type, ""),
             in_flight=raw.in_flight,
             parked=raw.parked,
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -114,6 +114,7 @@ class ImageHandle:
         handle = cls(ctx, name or "", header, read_only=read_only, snap_id=snap_id)
         if not read_only:
             control = HeaderControl(ctx, handle.oid, handle)
+            control.diary.facts = handle.facts
             try:
                 control.open()
                 handle.control = control
@@ -255,6 +256,25 @@ class ImageHandle:
                 with self._state:
                     self.snap_id = snap_id
                     self._publish()
+
+    @property
+    def describe(self) -> Mapping[str, str]:
+        """What others are told of this handle when they ask who holds the image: short texts, of a VM for example
+        {"vm": "uuid:...", "name": "..."}. Assign a new one to change it."""
+        return {} if self.control is None else self.control.diary.about
+
+    @describe.setter
+    def describe(self, about: Mapping[str, str]) -> None:
+        if self.control is not None:
+            self.control.diary.about = dict(about)
+
+    def facts(self) -> dict[str, Any]:
+        """Of its I/O, for who asks (control/who.py). Quick, and on any thread."""
+        if self.closed or not isinstance(self.data, NativeImage):
+            return {}
+        stats = self.data.stats()
+        idle = {"io_age": stats.idle_ns // 1_000_000, "io_kind": stats.last} if stats.last else {}
+        return {"in_flight": stats.in_flight, "parked": stats.parked, **idle}
 
     @property
     def native(self) -> NativeImage:

@@ -40,6 +40,16 @@ class Client:
 
 
 @dataclass(frozen=True)
+class ClientProcess:
+    """What a store on this machine knows of a living client without asking it. `silence`: seconds since it was seen
+    running, None when it says nothing; `local`: the pid is one of ours, so it can be killed from here."""
+
+    pid: int
+    silence: float | None
+    local: bool = True
+
+
+@dataclass(frozen=True)
 class WatcherInfo:
     """One row of list-watchers. `cookie` is the watch handle that lock cookies quote; timeout in seconds."""
 
@@ -444,6 +454,10 @@ class Store(ABC):
     @abstractmethod
     def blocklist(self) -> dict[str, float]:
         """address -> time.time() of expiry."""
+
+    def process_of(self, address: str) -> ClientProcess | None:
+        """The process of a living client. None: it does not live, or the store cannot know."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

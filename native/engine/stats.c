@@ -11,7 +11,7 @@
 struct stats_shard {
     _Atomic uint64_t histogram[TYPES][BUCKETS]; /* their sum is the count of requests */
     _Atomic uint64_t bytes[TYPES], failed[TYPES], total_ns[TYPES];
-    _Atomic uint64_t last_ns; /* when a request completed */
+    _Atomic uint64_t last; /* when a request completed, ns; its type in the lowest three bits */
 };
 
 static _Atomic unsigned threads;
@@ -52,7 +52,7 @@ void stats_count(struct image *i, unsigned type, uint64_t bytes, int64_t result,
         add(&s->bytes[type], bytes);
     if (result < 0)
         add(&s->failed[type], 1);
-    atomic_store_explicit(&s->last_ns, now, memory_order_relaxed);
+    atomic_store_explicit(&s->last, (now & ~7ULL) | type, memory_order_relaxed);
 }
 
 static uint64_t get(_Atomic uint64_t *counter)
@@ -78,11 +78,12 @@ int rbdn_image_stats(rbdn_image *i, rbdn_stats *out)
             out->failed[t] += get(&s->failed[t]);
             out->total_ns[t] += get(&s->total_ns[t]);
         }
-        if (get(&s->last_ns) > last)
-            last = get(&s->last_ns);
+        if (get(&s->last) > last)
+            last = get(&s->last);
     }
     uint64_t now = now_ns();
-    last = last ? last : i->made_ns;
+    out->last_type = last ? (int32_t)(last & 7) : -1;
+    last = last ? last & ~7ULL : i->made_ns;
     out->idle_ns = now > last ? now - last : 0;
     gate_in_flight(i, &out->in_flight, &out->parked);
     return 0;

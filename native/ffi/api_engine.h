@@ -81,7 +81,8 @@ typedef struct {
     uint64_t failed[8];
     uint64_t merged[8];    /* always 0 on the embedded store */
     uint64_t total_ns[8];
-    uint64_t idle_ns;      /* since the last request completed */
+    uint64_t idle_ns;      /* since the last request completed; since the image was made when none did */
+    int32_t last_type;     /* enum req_type of that request; -1: none yet */
     uint64_t in_flight, parked;
     uint64_t histogram[8][40];
 } rbdn_stats;

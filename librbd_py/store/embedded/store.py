@@ -21,6 +21,7 @@ from . import fencing, snaps
 from .client import Presence, address_of, gid_of
 from .context import EmbeddedContext
 from .layouts import LayoutRow, Layouts
+from .life import this_process
 from .messages import Fenced, Lost
 from .notify import Dispatcher
 from .objects import drop_object, next_number
@@ -300,6 +301,14 @@ class EmbeddedStore(api.Store):
     def blocklist(self) -> dict[str, float]:
         with self.reading() as c:
             return dict(c.execute("SELECT address, expires FROM blocklist WHERE expires>?", (time.time(),)))
+
+    def process_of(self, address: str) -> api.ClientProcess | None:
+        gid = gid_of(address)
+        identity = None if gid is None else self._presence.identity(gid)
+        if gid is None or identity is None:
+            return None
+        local = identity.pid_namespace == this_process().pid_namespace
+        return api.ClientProcess(identity.pid, self._presence.silence(gid), local)
 
     # --- the end
 
