@@ -345,8 +345,13 @@ class ImageHandle:
         self._require_lock_feature()
         assert self.control is not None
         self._released_by_hand = False
-        self.acquire_lock()
-        self.control.set_policy("exclusive")
+        before = self.control.policy
+        self.control.set_policy("exclusive")  # first: who asks in between would be given what we were just granted
+        try:
+            self.acquire_lock()
+        except BaseException:
+            self.control.set_policy(before)
+            raise
 
     def unlock_by_hand(self) -> None:
         """lock_release: gives it up; writes fail with EROFS until it is taken again. EINVAL: not the owner."""
