@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any, TextIO
-from xml.sax.saxutils import escape
+
+_XML = str.maketrans({"<": "&lt;", ">": "&gt;", "&": "&amp;", "'": "&apos;", '"': "&quot;"})
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
@@ -85,39 +85,42 @@ def _xml(name: str, value: Any, depth: int, pretty: bool) -> str:
         item = getattr(value, "item", "")
         inner = "".join(_xml(getattr(member, "name", item), member, depth + 1, pretty) for member in value)
     else:
-        return f"{indent}<{name}>{escape(str(value))}</{name}>{end}"
+        return f"{indent}<{name}>{str(value).translate(_XML)}</{name}>{end}"
     return f"{indent}<{name}>{end}{inner}{indent}</{name}>{end}"
 
 
 class Progress:
-    """`Verb: 42% complete...` on standard error, rewritten in place, as `rbd` shows it. A context manager: it ends with
-    "done." or "failed.". Call it as the library's progress callback."""
+    """`Verb: 42% complete...` on standard error, rewritten in place, as `rbd` shows it; `done` or `failed` ends it.
+    Call it as the library's progress callback. As a context manager it ends with what happened."""
 
     def __init__(self, verb: str, enabled: bool, stream: TextIO | None = None) -> None:
         self._verb = verb
         self._enabled = enabled
-        self._stream = stream or sys.stderr
-        self._percent = -1
-        self._last = 0.0
+        self._stream = stream
+        self._percent = 0
 
     def __call__(self, offset: int, total: int) -> int:
         percent = offset * 100 // total if total else 0
-        if self._enabled and percent != self._percent:
-            now = time.monotonic()
-            # at most ten lines a second, but never a jump back
-            if percent > self._percent and (now - self._last > 0.1 or percent >= 100):
-                self._percent, self._last = percent, now
-                print(f"\r{self._verb}: {percent}% complete...", end="", file=self._stream, flush=True)
+        if percent > self._percent:
+            self._percent = percent
+            self._print(f"\r{self._verb}: {percent}% complete...")
         return 0
+
+    def done(self) -> None:
+        self._print(f"\r{self._verb}: 100% complete...done.\n")
+
+    def failed(self) -> None:
+        self._print(f"\r{self._verb}: {self._percent}% complete...failed.\n")
+
+    def _print(self, text: str) -> None:
+        if self._enabled:
+            print(text, end="", file=self._stream or sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if not self._enabled:
-            return
         if kind is None:
-            text = f"\r{self._verb}: 100% complete...done."
+            self.done()
         else:
-            text = f"\r{self._verb}: {max(self._percent, 0)}% complete...failed."
-        print(text, file=self._stream, flush=True)
+            self.failed()

@@ -1,82 +1,100 @@
-"""What every command works with: options, the connection, pools, images, and the one way to end with an error."""
+"""What every command works with: options, the connection, pools, images."""
 
 from __future__ import annotations
 
-import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from librbd_py import rados, rbd
+from librbd_py.cli.failure import Failure, code_of, reason
 from librbd_py.cli.output import Progress, Rows, Section, structured
+
+if TYPE_CHECKING:
+    from librbd_py import rados
+
+__all__ = ["Failure", "Session", "Spec", "code_of", "failing", "failures", "parse_spec", "reason"]
 
 DEFAULT_POOL = "rbd"
 
-
-class Failure(Exception):
-    """Ends the command: `text` goes to standard error, `code` (a positive errno) is the exit status."""
-
-    def __init__(self, text: str, code: int = 1) -> None:
-        super().__init__(text)
-        self.code = code
+# How strictly names are checked: what makes one is strict, what only looks one up is not.
+_LOOSE = re.compile(r"(?:([^/]+)/(?:([^/@]+)/)?)?([^@]+)(?:@(.+))?", re.DOTALL)
+_SNAP = re.compile(r"(?:([^/]+)/(?:([^/@]+)/)?)?([^@]+)(?:@([^/@]+))?", re.DOTALL)
+_FULL = re.compile(r"(?:([^/@]+)/(?:([^/@]+)/)?)?([^/@]+)(?:@([^/@]+))?", re.DOTALL)
+_CHECKS = {"loose": _LOOSE, "snap": _SNAP, "full": _FULL}
 
 
-def code_of(error: BaseException) -> int:
-    """Exit status for a failure: its errno, EIO when it has none."""
-    return getattr(error, "errno", None) or 5
-
-
-def reason(error: BaseException) -> str:
-    """`(2) No such file or directory`, as Ceph writes an errno."""
-    return f"({code_of(error)}) {os.strerror(code_of(error))}"
-
-
-@dataclass(frozen=True)
-class Spec:
-    """[pool/[namespace/]]image[@snap] after options were merged in. Empty string = not given."""
+class Spec(NamedTuple):
+    """[pool/[namespace/]]image[@snap] with what the options added. Empty string = not given."""
 
     pool: str
     namespace: str
     image: str
-    snap: str
+    snap: str = ""
 
     def text(self) -> str:
         where = self.pool + "/" + (self.namespace + "/" if self.namespace else "")
         return where + self.image + ("@" + self.snap if self.snap else "")
 
 
-def parse_spec(text: str, snap_allowed: bool = True) -> Spec:
+def parse_spec(text: str, check: str = "loose") -> Spec:
     """Failure (22) for a malformed one."""
-    base, at, snap = text.partition("@")
-    parts = base.split("/")
-    if len(parts) > 3 or (at and (not snap or not snap_allowed or "@" in snap or "/" in snap)) or not parts[-1]:
+    match = _CHECKS[check].fullmatch(text)
+    if not match:
         raise Failure(f"rbd: invalid spec '{text}'", 22)
-    pool = parts[0] if len(parts) > 1 else ""
-    namespace = parts[1] if len(parts) == 3 else ""
-    return Spec(pool, namespace, parts[-1], snap)
+    return Spec(match[1] or "", match[2] or "", match[3], match[4] or "")
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """The classes of what the library raises."""
+    from librbd_py import errors
+
+    return (errors.rbd.Error, errors.rados.Error, OSError)
 
 
 class Session:
     """One run of the command. The connection is made at first use and closed at the end."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+    options: Any = None  # of argparse, for the commands that rbd does not have
+
+    def __init__(
+        self,
+        store: str | None,
+        given: dict[str, Any] | None = None,
+        words: list[str] | None = None,
+        overrides: dict[str, str] | None = None,
+    ) -> None:
+        self.store = store
+        self.given = given or {}
+        self.words = words or []
+        self.overrides = overrides or {}
+        self.at = 0  # the positional argument that comes next
         self._cluster: rados.Rados | None = None
 
     @property
     def cluster(self) -> rados.Rados:
         if self._cluster is None:
-            conf = {"rbdpy_store": self.options.store} if self.options.store else None
-            self._cluster = rados.Rados(conf=conf)
+            from librbd_py import rados
+
+            conf = {"rbdpy_store": self.store} if self.store else {}
             try:
+                self._cluster = rados.Rados(conf=conf | self.overrides or None)
                 self._cluster.connect()
-            except (OSError, rados.Error) as error:
+            except failures() as error:
                 self._cluster = None
-                raise Failure(f"rbd: couldn't connect to the store: {error}", code_of(error)) from None
+                text = f"rbd: couldn't connect to the cluster!\n{error}"
+                raise Failure(text, code_of(error)) from None
         return self._cluster
+
+    def take(self, options: Any) -> None:
+        """The options of a command that argparse read: what they share with `rbd`'s means the same."""
+        self.options = options
+        options.store = self.store
+        self.words = list(options.specs)
+        values = {name.replace("_", "-"): value for name, value in vars(options).items() if name != "specs"}
+        self.given = {name: value for name, value in values.items() if value not in (None, False)}
 
     def close(self) -> None:
         if self._cluster is not None:
@@ -85,84 +103,199 @@ class Session:
 
     # --- what the words mean
 
-    def spec(self, position: int = 0, *, prefix: str = "", snap: str = "no", need_image: bool = True) -> Spec:
-        """The image named by the `position`-th positional spec or by --<prefix>pool, --<prefix>image, --<prefix>snap.
-        `snap`: "no", "may", "must"."""
-        options = self.options
-        given = options.specs[position] if position < len(options.specs) else None
-        parsed = parse_spec(given) if given else Spec("", "", "", "")
-        image_option = getattr(options, "dest" if prefix else "image", None) or ""
-        namespace = getattr(options, f"{prefix}namespace", None) or ""
-        result = Spec(
-            parsed.pool or getattr(options, f"{prefix}pool", None) or DEFAULT_POOL,
-            parsed.namespace or namespace,
-            parsed.image or image_option,
-            parsed.snap or (getattr(options, f"{prefix}snap", None) or ""),
-        )
-        if need_image and not result.image:
-            which = "destination " if prefix else ""
-            raise Failure(f"rbd: {which}image name was not specified", 22)
-        if snap == "must" and not result.snap:
-            raise Failure(f"rbd: {'destination ' if prefix else ''}snapshot name was not specified", 22)
-        if snap == "no" and result.snap:
-            raise Failure(f"rbd: snapname specified for a command that doesn't use it: '{result.snap}'", 22)
-        return result
+    def option(self, name: str) -> Any:
+        """None (False for a switch that matters only when set) when it was not given."""
+        return self.given.get(name)
 
-    def ioctx(self, spec: Spec) -> rados.Ioctx:
+    def word(self) -> str:
+        """The next positional argument; empty: there is none."""
+        self.at += 1
+        return self.words[self.at - 1] if self.at <= len(self.words) else ""
+
+    def spec(
+        self,
+        *,
+        dest: bool = False,
+        need: bool = True,
+        snap: str = "no",
+        check: str = "loose",
+        kind: str = "image",
+        pool_option: str = "",
+        namespace_option: str = "",
+    ) -> Spec:
+        """The image (or group, by `kind`) of the options, else of the next word. `snap`: "no", "may", "must".
+        `check`: "full" for names that will be made, "snap" when the snapshot will be. Failure (22)."""
+        prefix = "dest-" if dest else ""
+        name_option = ("dest" if dest else "image") if kind == "image" else prefix + kind
+        found = Spec(
+            self.given.get(pool_option or prefix + "pool", ""),
+            self.given.get(namespace_option or prefix + "namespace", ""),
+            self.given.get(name_option, ""),
+            self.given.get(prefix + "snap", ""),
+        )
+        if found.image and kind == "image":
+            found = self._merged(found, found.image, check)
+        elif not found.image:
+            word = self.word()
+            if word:
+                found = self._merged(found, word, check)
+        which = "destination " if dest else ""
+        if need and not found.image:
+            raise Failure(f"rbd: {which}{kind} name was not specified", 22)
+        if check == "full" and re.search("[@/]", found.pool):
+            raise Failure(f"rbd: invalid pool name '{found.pool}'", 22)
+        if re.search("[@/]", found.namespace):
+            raise Failure(f"rbd: invalid namespace name '{found.namespace}'", 22)
+        if snap == "must" and not found.snap:
+            raise Failure(f"rbd: {which}snapshot name was not specified", 22)
+        if snap == "no" and found.snap:
+            raise Failure(f"rbd: {which}snapshot name specified for a command that doesn't use it", 22)
+        if check == "snap" and re.search("[@/]", found.snap):
+            raise Failure(f"rbd: invalid snap name '{found.snap}'", 22)
+        if self.options is not None:
+            return found._replace(pool=self.pool_name(found))  # these show where they were
+        return found
+
+    def _merged(self, found: Spec, text: str, check: str) -> Spec:
+        parsed = parse_spec(text, check)
+        return Spec(
+            parsed.pool or found.pool, parsed.namespace or found.namespace, parsed.image, parsed.snap or found.snap
+        )
+
+    def pool_spec(self, *, namespaces: bool = True, check: bool = False) -> Spec:
+        """Pool and namespace of the options, else of the next word."""
+        pool, namespace = self.given.get("pool", ""), self.given.get("namespace", "") if namespaces else ""
+        if not pool:
+            word = self.word()
+            if namespaces and "/" in word:
+                pool, _, namespace = word.rpartition("/")
+            else:
+                pool = word
+        if check and re.search("[@/]", pool):
+            raise Failure(f"rbd: invalid pool '{pool}'", 22)
+        if namespaces and re.search("[@/]", namespace):
+            raise Failure(f"rbd: invalid namespace '{namespace}'", 22)
+        return Spec(pool, namespace, "")
+
+    def image_id_spec(self) -> Spec:
+        """[pool/[namespace/]]image-id, as `trash` takes it."""
+        found = Spec(self.given.get("pool", ""), self.given.get("namespace", ""), self.given.get("image-id", ""))
+        if not found.image:
+            word = self.word()
+            if word:
+                found = self._merged(found, word, "full")
+        if not found.image:
+            raise Failure("rbd: image id was not specified", 22)
+        if found.snap:
+            raise Failure("rbd: snapshot name specified for a command that doesn't use it", 22)
+        return found
+
+    def path(self) -> str:
+        """--path, else the next word. Failure (22)."""
+        path = str(self.given.get("path") or self.word())
+        if not path:
+            raise Failure("rbd: path was not specified", 22)
+        return path
+
+    # --- what they lead to
+
+    def pool_name(self, spec: Spec) -> str:
+        return spec.pool or self.overrides.get("rbd_default_pool", "") or DEFAULT_POOL
+
+    def ioctx(self, spec: Spec, *, namespace: bool = True) -> rados.Ioctx:
+        """Failure: no such pool or namespace."""
+        pool = self.pool_name(spec)
         try:
-            ioctx = self.cluster.open_ioctx(spec.pool)
-        except rados.ObjectNotFound as error:
-            raise Failure(f"rbd: error opening pool '{spec.pool}': {reason(error)}", 2) from None
-        if spec.namespace:
+            ioctx = self.cluster.open_ioctx(pool)
+        except failures() as error:
+            if code_of(error) == 2 and pool == DEFAULT_POOL:
+                text = (
+                    f"rbd: error opening default pool '{pool}'\n"
+                    "Ensure that the default pool has been created or specify an alternate pool name."
+                )
+                raise Failure(text, 2) from None
+            raise Failure(f"rbd: error opening pool '{pool}': {reason(error)}", code_of(error)) from None
+        if spec.namespace and namespace:
             if not self._namespace_exists(ioctx, spec.namespace):
                 raise Failure(f"rbd: namespace '{spec.namespace}' does not exist.", 2)
             ioctx.set_namespace(spec.namespace)
         return ioctx
 
     def _namespace_exists(self, ioctx: rados.Ioctx, namespace: str) -> bool:
-        with failing(f"error verifying namespace '{namespace}'"):
-            try:
-                return rbd.RBD().namespace_exists(ioctx, namespace)
-            except rbd.PermissionError:
-                return True  # a user confined to a namespace may not ask which there are
+        from librbd_py import rbd
+
+        try:
+            return rbd.RBD().namespace_exists(ioctx, namespace)
+        except rbd.PermissionError:
+            return True  # a user confined to a namespace may not ask which there are
+        except failures() as error:
+            raise Failure(f"rbd: error asserting namespace: {reason(error)}", code_of(error)) from None
 
     @contextmanager
-    def image(self, spec: Spec, *, read_only: bool = False, snap: bool = True) -> Iterator[Any]:
-        """Opens an image (at its snapshot when `snap`); a failure to open ends the command as `rbd` says it."""
+    def image(self, spec: Spec, *, read_only: bool = False, snap: bool = False, image_id: str = "") -> Iterator[Any]:
+        """An open image, at its snapshot when `snap`. A failure to open ends the command as `rbd` says it."""
+        from librbd_py import rbd
+
         ioctx = self.ioctx(spec)
-        image_id = getattr(self.options, "image_id", None)
-        at = spec.snap if snap and spec.snap else None
         try:
-            if image_id and not spec.image:
-                image = rbd.Image(ioctx, image_id=image_id, snapshot=at, read_only=read_only)
+            if image_id:
+                image = rbd.Image(ioctx, image_id=image_id, read_only=read_only)
             else:
-                image = rbd.Image(ioctx, spec.image, snapshot=at, read_only=read_only)
+                image = rbd.Image(ioctx, spec.image, read_only=read_only)
         except rbd.Error as error:
-            what = f"image {spec.image or image_id}"
+            what = f"image with id {image_id}" if image_id else f"image {spec.image}"
             raise Failure(f"rbd: error opening {what}: {reason(error)}", code_of(error)) from None
         try:
+            if snap and spec.snap:
+                try:
+                    image.set_snap(spec.snap)
+                except rbd.Error as error:
+                    raise Failure(f"error setting snapshot context: {reason(error)}", code_of(error)) from None
             yield image
         finally:
             image.close()
 
+    def by_name_or_id(self, spec: Spec, blank: str = " ") -> str:
+        """--image-id; Failure (22) when a name was given too."""
+        image_id = str(self.given.get("image-id", ""))
+        if image_id and spec.image:
+            raise Failure(f"rbd: trying to access image using both name and id.{blank}", 22)
+        return image_id
+
     # --- output
 
     def progress(self, verb: str) -> Progress:
-        return Progress(verb, not getattr(self.options, "no_progress", False))
+        return Progress(verb, not self._option("no_progress"))
+
+    def _option(self, name: str) -> Any:
+        """Of either kind of command."""
+        return self.given.get(name.replace("_", "-"))
+
+    def layout(self) -> str:
+        """ "plain", "json" or "xml". Failure (22): pretty and plain."""
+        chosen = str(self.given.get("format", "plain"))
+        if chosen == "plain" and self.given.get("pretty-format"):
+            raise Failure("rbd: --pretty-format only works when --format is json or xml", 22)
+        return chosen
 
     @property
     def plain(self) -> bool:
-        return str(self.options.format) == "plain"
+        return str(self._option("format") or "plain") == "plain"
 
     def show(self, value: Section | Rows) -> None:
-        text = structured(value, self.options.format, self.options.pretty_format)
-        sys.stdout.write(text)
+        sys.stdout.write(structured(value, str(self._option("format")), bool(self._option("pretty_format"))))
+
+    def say(self, text: str) -> None:
+        """A line on standard error."""
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def failing(what: str) -> Iterator[None]:
+def failing(what: str, prefix: str = "rbd: ") -> Iterator[None]:
     """Turns an error of the library into `rbd: <what>: (errno) text` with that exit status."""
     try:
         yield
-    except (rbd.Error, rados.Error, OSError) as error:
-        raise Failure(f"rbd: {what}: {reason(error)}", code_of(error)) from None
+    except failures() as error:
+        if os.environ.get("RBDPY_TRACEBACK"):
+            raise
+        raise Failure(f"{prefix}{what}: {reason(error)}", code_of(error)) from None

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-import re
-
-_SUFFIX = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
-_SIZE = re.compile(r"(\d{1,20})\s*(?:([BKMGTPE])(?:i?B)?)?", re.IGNORECASE)
+_SHIFT = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 MAX = (1 << 63) - 1  # bytes; what an image or request can have
+
+
+def byte_count(text: str) -> int:
+    """Bytes of "10", "4K", "4Ki", "10GB". Ceph looks at no more than the first letter of a unit of at most two."""
+    digits = text.lstrip("0123456789+-")
+    number, unit = text[: len(text) - len(digits)], digits
+    if not number.lstrip("+-").isdigit() or len(unit) > 2 or unit == "Bi" or (unit and unit[0] not in _SHIFT):
+        raise ValueError(f"{text!r} is not a size")
+    value = int(number) << (_SHIFT[unit[0]] if unit else 0)
+    if not 0 <= value <= MAX:
+        raise ValueError(f"{text!r} is not between 0 and {MAX} bytes")
+    return value
+
+
+def image_size(text: str) -> int:
+    """Bytes of "10", "10G": a bare number counts mebibytes, as far as 64 bits go."""
+    value = byte_count(text)
+    return (value << 20) % (1 << 64) if text[-1:].isdigit() else value
+
 
 FEATURES = {
     "layering": 1 << 0,
@@ -22,43 +38,17 @@ FEATURES = {
     "non-primary": 1 << 10,
     "dirty-cache": 1 << 11,
 }
-SETTABLE = ("layering", "exclusive-lock", "object-map", "fast-diff", "deep-flatten", "journaling")
 OP_FEATURES = {"clone-parent": 1, "clone-child": 2, "group": 4, "snap-trash": 8}
 FLAGS = {"object map invalid": 1, "fast diff invalid": 2}
 
 
-def size(text: str, default_unit: str = "M") -> int:
-    """Bytes of "10", "10G", "4KiB". A bare number is in `default_unit`."""
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise ValueError(f"{text!r} is not a size")
-    value = int(match[1]) << _SUFFIX[(match[2] or default_unit).upper()]
-    if value > MAX:
-        raise ValueError(f"{text!r} is more than {MAX} bytes")
-    return value
-
-
-def order(text: str) -> int:
-    """Object size in bytes (a power of two) -> order."""
-    value = size(text, "B")
-    if value < 4096 or value > 32 << 20 or value & (value - 1):
-        raise ValueError("object size must be a power of two between 4K and 32M")
-    return value.bit_length() - 1
-
-
-def features(words: list[str]) -> int:
-    """Names, separated by commas or given one by one, or one number -> bits."""
+def feature_bits(text: str) -> int:
+    """Names separated by commas -> bits. Ceph takes the names of internal features too and refuses them later."""
     bits = 0
-    for word in ",".join(words).split(","):
-        name = word.strip()
-        if name.isdigit():
-            bits |= int(name)
-        elif name in SETTABLE:
-            bits |= FEATURES[name]
-        else:
+    for name in filter(None, text.split(",")):
+        if name not in FEATURES or FEATURES[name] > FEATURES["operations"]:
             raise ValueError(f"{name!r} is not an image feature")
-    if bits & FEATURES["fast-diff"]:
-        bits |= FEATURES["object-map"]
+        bits |= FEATURES[name]
     return bits
 
 

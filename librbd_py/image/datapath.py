@@ -312,6 +312,10 @@ class NativeImage:
         self._io(READ, offset, length, buffer, what="read")
         return bytes(buffer)
 
+    def read_into(self, offset: int, buffer: Any) -> None:
+        """Fills a writable buffer."""
+        self._io(READ, offset, memoryview(buffer).nbytes, buffer, what="read")
+
     def write(self, offset: int, data: bytes, *, fua: bool = False) -> None:
         self._io(WRITE, offset, len(data), data, FUA if fua else 0, "write")
 

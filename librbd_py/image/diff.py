@@ -59,6 +59,25 @@ def diff_iterate(
     length = min(length, size - offset)
     if start_id > end_id:
         raise OSError(errno.EINVAL, "the snapshot is newer than what the image is open at")
+    rows = changes(handle, offset, length, start_id, include_parent=include_parent, whole_object=whole_object)
+    for start, size, data in rows:
+        result = found(start, size, data)
+        if isinstance(result, int) and result < 0:
+            raise OSError(-result, "the callback asked to stop")
+
+
+def changes(
+    handle: ImageHandle,
+    offset: int,
+    length: int,
+    start_id: int,
+    *,
+    include_parent: bool = True,
+    whole_object: bool = False,
+) -> Iterator[tuple[int, int, bool]]:
+    """The rows of diff_iterate, within the image and from a snapshot that exists (0: none). As in librbd a row ends
+    with its object, or its set of objects when the image is striped."""
+    header, end_id = handle.header, handle.snap_id
     if start_id == end_id:
         return
     rows: Iterator[tuple[int, int, bool]]
@@ -70,10 +89,21 @@ def diff_iterate(
             rows = _by_object(rows, layout.object_size, offset, offset + length)
     else:
         rows = _rows(handle, offset, length, start_id, end_id, include_parent, whole_object)
-    for start, size, data in rows:
-        result = found(start, size, data)
-        if isinstance(result, int) and result < 0:
-            raise OSError(-result, "the callback asked to stop")
+    pending: tuple[int, int, bool] | None = None
+    for at, size, data in rows:
+        while size:
+            step = min(layout.period - at % layout.period, size)
+            joins = striped and pending is not None and pending[0] + pending[1] == at and pending[2] == data
+            if joins and at % layout.period:
+                assert pending is not None
+                pending = (pending[0], pending[1] + step, data)
+            else:
+                if pending is not None:
+                    yield pending
+                pending = (at, step, data)
+            at, size = at + step, size - step
+    if pending is not None:
+        yield pending
 
 
 def _allocated(native: NativeImage, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:

@@ -82,6 +82,19 @@ def _rebuild(handle: ImageHandle, progress: Progress | None) -> None:
     handle.announce()
 
 
+def check(handle: ImageHandle, progress: Progress | None = None) -> bool:
+    """Is the map of what the handle shows right about what exists? When not, it is marked invalid. EINVAL: no map."""
+    if not handle.header.has(ft.OBJECT_MAP):
+        raise OSError(errno.EINVAL, "the image has no object map")
+    expected = states_of(handle, progress)[handle.snap_id]
+    actual = object_map.load(handle.ctx, handle.id, handle.snap_id)
+    right = [state != NONEXISTENT for state in actual] == [state != NONEXISTENT for state in expected]
+    if not right:
+        object_map.invalidate(handle.ctx, handle.oid, [handle.snap_id], BOTH_INVALID)
+        handle.announce()
+    return right
+
+
 def differences(handle: ImageHandle) -> list[str]:
     """Where the maps are wrong about existence, or call changed objects clean. For tests and `rbd object-map check`."""
     header = handle.header
