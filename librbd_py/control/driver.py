@@ -65,11 +65,17 @@ class HeaderControl:
     """Watch and exclusive lock on one header object.
 
     Call `open()` first and `close()` last. All methods are thread-safe. `policy` "exclusive" refuses peers that ask for
-    the lock (EROFS); "automatic" hands it over.
+    the lock (EROFS); "automatic" hands it over. `former`: addresses of clients that the caller knows to be dead (this
+    host's own, before a crash): their lock is broken at once.
     """
 
     def __init__(
-        self, ctx: ObjectContext, header_oid: str, callbacks: ControlCallbacks, policy: Policy = "automatic"
+        self,
+        ctx: ObjectContext,
+        header_oid: str,
+        callbacks: ControlCallbacks,
+        policy: Policy = "automatic",
+        former: frozenset[str] = frozenset(),
     ) -> None:
         client = ctx.store.client
         self.ctx = ctx
@@ -81,10 +87,11 @@ class HeaderControl:
         self._pool = control_pool()
         self._mutex = threading.Lock()  # guards all below; never held during I/O or callbacks
         self._watch = wt.WatchMachine()
-        self._lock = lk.LockMachine(client.gid, client.address, exclusive=policy == "exclusive")
+        self._lock = lk.LockMachine(client.gid, client.address, exclusive=policy == "exclusive", former=former)
         self._watches: dict[int, Watch] = {}
         self._acquiring: list[Future[None]] = []
         self._releasing: list[Future[None]] = []
+        self._offering: list[Future[None]] = []
         self._opening: Future[None] = Future()
         self._stopped: Future[None] = Future()
         self._closed: Future[None] = Future()
@@ -160,7 +167,15 @@ class HeaderControl:
         """Starts acquiring and returns at once. The future ends as `acquire()` does; without `ask` it ends with EAGAIN
         when the lock's owner lives."""
         future: Future[None] = Future()
-        self._lock_event(le.Acquire(ask), partial(_append, self._waiting_to_acquire, future))
+
+        def prepare() -> bool:
+            if self._lock.hand.moving:
+                future.set_exception(OSError(errno.EBUSY, f"{self.header_oid}: the lock is moving to another host"))
+                return False
+            self._acquiring.append(future)
+            return True
+
+        self._lock_event(le.Acquire(ask), prepare)
         return future
 
     def _waiting_to_acquire(self) -> list[Future[None]]:
@@ -181,6 +196,66 @@ class HeaderControl:
 
     def _waiting_to_release(self) -> list[Future[None]]:
         return self._releasing
+
+    # --- hand-off: see handoff.py
+
+    def offer(self, key: str, seconds: float) -> bool:
+        """Offers the lock to the next host of the VM `key`; True when it may take it from now on. A client without the
+        lock gets it first, which may take `seconds`; False: it could not, so there is nothing to offer. OSError: what
+        draining or the store said; the lock stays as it was. The image must let no request in until `take_back`.
+        """
+        if not self._lock.owning and not self.moving:
+            try:
+                self.acquire(seconds)
+            except OSError:
+                return False
+        future: Future[None] = Future()
+        self._lock_event(le.Offer(key), partial(_append, lambda: self._offering, future))
+        try:
+            future.result()
+        except OSError as failure:
+            if failure.errno == errno.EAGAIN:
+                return False
+            raise
+        return True
+
+    def take_back(self) -> None:
+        """After `offer`: this client owns the lock again, as after `acquire`. ESTALE: somebody who is not the VM's next
+        host owned it meanwhile; call it again, or `take_over` by force."""
+        self._move(le.TakeBack())
+
+    def stand_by(self, key: str) -> None:
+        """From now on only `take_over` acquires: the VM `key` runs elsewhere and will come here. EBUSY: this client
+        owns the lock or is after it."""
+        owner = self.owner()
+
+        def prepare() -> bool:
+            return self._lock.state in (le.LockState.UNLOCKED, le.LockState.NO_WATCH) and not self._lock.wanted
+
+        self._lock_event(le.StandBy(key, owner), prepare)
+        if not self.moving:
+            raise OSError(errno.EBUSY, f"{self.header_oid}: the lock is wanted here already")
+
+    def take_over(self, force: bool = False) -> None:
+        """The VM runs here: takes the lock that was offered, or asks the owner that had it when `stand_by` was called.
+        ESTALE: somebody else owned it meanwhile, and the image may have changed; still standing by. `force`: acquires
+        from whomever."""
+        self._move(le.TakeOver(force))
+
+    def _move(self, event: le.TakeBack | le.TakeOver) -> None:
+        future: Future[None] = Future()
+        self._run(self._feed_lock(event, partial(_append, self._waiting_to_acquire, future))[1])
+        future.result()
+
+    @property
+    def moving(self) -> bool:
+        """The lock is on its way to another host, or to this one: `acquire` is refused (EBUSY)."""
+        return self._lock.hand.moving
+
+    @property
+    def offered(self) -> bool:
+        """The lock is offered and, as far as is known, not taken. Closing now would take the offer away."""
+        return self._lock.offered
 
     @property
     def is_owner(self) -> bool:
@@ -352,6 +427,9 @@ class HeaderControl:
                 case le.Released(code):
                     calls += [_ender(future, self._failure(code)) for future in self._releasing]
                     self._releasing = []
+                case le.Offered(code):
+                    calls += [_ender(future, self._failure(code)) for future in self._offering]
+                    self._offering = []
                 case le.Stopped(code):
                     calls.append(_ender(self._stopped, self._failure(code)))
                 case le.Lost(code):
@@ -439,6 +517,10 @@ class HeaderControl:
                 wire.unlock(ctx, oid, cookie)
             case le.SetCookie(_, old, new):
                 wire.set_cookie(ctx, oid, old, new)
+            case le.Mark(_, owner, new):
+                wire.mark(ctx, oid, owner, new)
+            case le.TakeOffer(_, cookie, owner, mark):
+                wire.take(ctx, oid, owner, cookie, mark)
             case _:
                 raise AssertionError(operation)
         return None
@@ -544,6 +626,7 @@ _REASONS = {
     errno.ENOENT: "the image is gone",
     errno.ECANCELED: "released before it was acquired",
     errno.EAGAIN: "another client owns the lock",
+    errno.ESTALE: "somebody else owned the lock while the VM was moving",
     errno.EINVAL: "locked by a handle of this process that is no longer there",
 }
 

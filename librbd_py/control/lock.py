@@ -7,8 +7,10 @@ a dead one is re-read, fenced by its address and broken. What peers announce is 
 One operation is outstanding at a time. It has a number; an answer with another number is from a state that was left
 and is ignored. `Fenced` is accepted in every state and ends every wait.
 
+How the lock moves with a VM is in `handoff.py`.
+
 Left for later: pausing requests while the cookie is renewed (a store fences a client that lost its watch, so nothing
-is lost by letting them run), hand-over tokens for migration.
+is lost by letting them run).
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import errno
 from collections.abc import Callable
 from typing import Any
 
+from librbd_py.control import handoff
+from librbd_py.control.handoff import HANDING
 from librbd_py.control.lock_events import (
     Abandon,
     Acquire,
@@ -35,6 +39,7 @@ from librbd_py.control.lock_events import (
     LockView,
     Look,
     Lost,
+    Offer,
     PeerAcquired,
     PeerReleased,
     PeerRequested,
@@ -47,7 +52,10 @@ from librbd_py.control.lock_events import (
     SetCookie,
     Shutdown,
     Sleep,
+    StandBy,
     Stopped,
+    TakeBack,
+    TakeOver,
     TryLock,
     Unlock,
     WatchDown,
@@ -66,10 +74,11 @@ S = LockState
 
 # Where each state may lead; anything else is a bug and raises. FENCED can follow every state but STOPPED.
 NEXT: dict[LockState, frozenset[LockState]] = {
-    S.UNLOCKED: frozenset({S.NO_WATCH, S.LOOKING, S.STOPPED}),
-    S.NO_WATCH: frozenset({S.LOOKING, S.UNLOCKED, S.STOPPED}),
+    S.UNLOCKED: frozenset({S.NO_WATCH, S.LOOKING, S.RETRACT_LOOKING, S.STOPPED}),
+    S.NO_WATCH: frozenset({S.LOOKING, S.RETRACT_LOOKING, S.UNLOCKED, S.STOPPED}),
     S.LOOKING: frozenset(
-        {S.LOCKING, S.CHECKING, S.WAITING, S.POST_ACQUIRING, S.UNLOCKING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}
+        {S.LOCKING, S.TAKING, S.CHECKING, S.RELOOKING, S.WAITING, S.POST_ACQUIRING, S.UNLOCKING}
+        | {S.NO_WATCH, S.UNLOCKED, S.STOPPED}
     ),
     S.LOCKING: frozenset({S.POST_ACQUIRING, S.UNLOCKING, S.LOOKING, S.WAITING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
     S.CHECKING: frozenset({S.ASKING, S.RELOOKING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
@@ -83,10 +92,20 @@ NEXT: dict[LockState, frozenset[LockState]] = {
     S.RELOCK_LOOKING: frozenset({S.RELOCKING, S.RELOCK_WAITING, S.LOCKED}),
     S.RELOCKING: frozenset({S.LOCKED, S.RELOCK_WAITING, S.QUIESCING}),
     S.RELOCK_WAITING: frozenset({S.LOCKED}),
-    S.QUIESCING: frozenset({S.UNLOCKING, S.LOCKED}),
+    S.QUIESCING: frozenset({S.UNLOCKING, S.LOCKED, S.OFFERING}),
     S.UNLOCKING: frozenset({S.ANNOUNCING, S.UNLOCK_RETRY, S.UNLOCKING, S.LOOKING}),
     S.UNLOCK_RETRY: frozenset({S.UNLOCKING}),
-    S.ANNOUNCING: frozenset({S.LOOKING, S.WAITING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
+    S.ANNOUNCING: frozenset({S.LOOKING, S.RETRACT_LOOKING, S.WAITING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
+    S.OFFERING: frozenset({S.OFFERED, S.OFFER_LOOKING}),
+    S.OFFER_LOOKING: frozenset(
+        {S.OFFERED, S.POST_ACQUIRING, S.RETRACT_LOOKING, S.NO_WATCH, S.UNLOCKING, S.UNLOCKED, S.STOPPED}
+    ),
+    S.OFFERED: frozenset({S.RETRACTING, S.OFFER_LOOKING, S.UNLOCKING}),
+    S.RETRACTING: frozenset({S.POST_ACQUIRING, S.RETRACT_LOOKING}),
+    S.RETRACT_LOOKING: frozenset(
+        {S.RETRACTING, S.OFFERED, S.POST_ACQUIRING, S.UNLOCKING, S.NO_WATCH, S.LOOKING, S.UNLOCKED, S.STOPPED}
+    ),
+    S.TAKING: frozenset({S.POST_ACQUIRING, S.UNLOCKING, S.LOOKING, S.WAITING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
     S.FENCED: frozenset({S.STOPPED}),
     S.STOPPED: frozenset(),
 }
@@ -94,25 +113,31 @@ NEXT: dict[LockState, frozenset[LockState]] = {
 # States in which the image may change its header and write data.
 OWNING = frozenset({S.LOCKED, S.RELOCK_LOOKING, S.RELOCKING, S.RELOCK_WAITING})
 # States in which the class lock is, or may be, ours.
-HOLDING = OWNING | {S.POST_ACQUIRING, S.QUIESCING, S.UNLOCKING, S.UNLOCK_RETRY}
+HOLDING = OWNING | HANDING | {S.POST_ACQUIRING, S.QUIESCING, S.UNLOCKING, S.UNLOCK_RETRY}
 # States on the way to the lock that leave nothing behind when they are left.
 SEEKING = frozenset(
-    {S.NO_WATCH, S.LOOKING, S.LOCKING, S.CHECKING, S.RELOOKING, S.BLOCKLISTING, S.BREAKING, S.ASKING, S.WAITING}
+    {S.NO_WATCH, S.LOOKING, S.LOCKING, S.TAKING, S.CHECKING, S.RELOOKING, S.BLOCKLISTING, S.BREAKING, S.ASKING}
+    | {S.WAITING}
 )
 # Of these, the ones with nothing outstanding that changes the store, so they can be left at once.
 PARKED = frozenset({S.UNLOCKED, S.NO_WATCH, S.WAITING})
 
 
 class LockMachine:
-    """`gid` and `address` are this client's. `handle()` is called with one event at a time and never blocks."""
+    """`gid` and `address` are this client's. `handle()` is called with one event at a time and never blocks. `former`:
+    addresses of this host's own clients that are dead for sure: their watches are not waited for."""
 
-    def __init__(self, gid: int, address: str, *, exclusive: bool = False) -> None:
+    def __init__(
+        self, gid: int, address: str, *, exclusive: bool = False, former: frozenset[str] = frozenset()
+    ) -> None:
         self.gid = gid
         self.address = address
+        self.former = former
         self.exclusive = exclusive  # refuse requests of peers (EROFS) instead of giving the lock up
         self.state = S.UNLOCKED
         self.handle_now: int | None = None  # watch handle while the watch is up
         self.cookie: str | None = None  # quoted in the lock while HOLDING
+        self.hand = handoff.HandOffData()
         self.wanted = False
         self._ask = False  # some of those who want it want its owner asked
         self.stopping = False
@@ -135,6 +160,11 @@ class LockMachine:
     @property
     def owning(self) -> bool:
         return self.state in OWNING
+
+    @property
+    def offered(self) -> bool:
+        """The lock is being offered to the VM's next host, and nobody is known to have taken it."""
+        return self.state in HANDING
 
     @property
     def outstanding(self) -> int:
@@ -179,6 +209,8 @@ class LockMachine:
         elif self.handle_now is None:
             if self.state is not S.NO_WATCH:
                 self._go(S.NO_WATCH)
+        elif self.hand.offer is not None:
+            self._do(S.RETRACT_LOOKING, Look)  # we gave it to an heir: a stranger is not asked
         else:
             self._look()
 
@@ -212,6 +244,7 @@ class LockMachine:
         self.fence_errno = code
         self.cookie = None
         self._out.append(Lost(code))
+        handoff.answer_offer(self, code)
         if self.wanted:
             self._out.append(Refused(code))
         self.wanted = False
@@ -254,6 +287,9 @@ class LockMachine:
             self._settle()
         elif self.state is S.LOCKED:
             self._quiesce(False)
+        elif self.state is S.OFFERED:
+            assert self.cookie is not None
+            self._start_unlock_unused(self.cookie)  # ENOENT when it was taken: as good
 
     def _on_shutdown(self, event: Event) -> None:
         if self.state is S.STOPPED:
@@ -270,6 +306,9 @@ class LockMachine:
             self._settle()
         elif self.state is S.LOCKED:
             self._quiesce(False)
+        elif self.state is S.OFFERED:
+            assert self.cookie is not None
+            self._start_unlock_unused(self.cookie)  # ENOENT when it was taken: as good
 
     def _on_watch_up(self, event: Event) -> None:
         assert isinstance(event, WatchUp)
@@ -301,6 +340,8 @@ class LockMachine:
             self._out.append(Look(self._op))
         elif self.state is S.WAITING:
             self._look()
+        elif self.state is S.OFFERED:
+            self._do(S.OFFER_LOOKING, Look)  # was it taken?
 
     def _on_peer_released(self, event: Event) -> None:
         self._news = True
@@ -309,8 +350,10 @@ class LockMachine:
 
     def _on_peer_requested(self, event: Event) -> None:
         giving_up = self.state in (S.UNLOCKING, S.UNLOCK_RETRY)
-        if self.state not in HOLDING or (giving_up and not self._quiesced):
+        if self.state not in HOLDING or self.cookie is None or (giving_up and not self._quiesced):
             self._out.append(Reply(None))
+        elif self.state in HANDING or self.hand.key is not None:
+            self._out.append(Reply(errno.EAGAIN))
         elif giving_up or self.state is S.QUIESCING:
             self._out.append(Reply(0))
             self._for_peer = True
@@ -333,7 +376,7 @@ class LockMachine:
             return
         self._op += 1
         pointless = not self.wanted or self.handle_now is None
-        if pointless and self.state in SEEKING and self.state is not S.LOCKING:
+        if pointless and self.state in SEEKING and self.state not in (S.LOCKING, S.TAKING):
             self._settle()
         else:
             ANSWERS[self.state](self, done)
@@ -347,21 +390,33 @@ class LockMachine:
         owner = self._seen.owner
         self.cookie = None
         cookie = auto_cookie(self.handle_now)
+        mine = owner is not None and owner.gid == self.gid and owner.cookie in self._mine
+        verdict = None if mine or self._seen.foreign else handoff.judge(self, owner)
         if self._seen.foreign:
             self._refuse(errno.EBUSY)
+        elif isinstance(verdict, int):
+            self._refuse(verdict)
+        elif verdict is not None and owner is not None:
+            handoff.take_offer(self, owner, verdict)
         elif owner is None:
+            self.hand.mark = ""
             self._mine.add(cookie)
             self.cookie = cookie
             self._do(S.LOCKING, lambda op: TryLock(op, cookie))
-        elif owner.gid == self.gid and owner.cookie in self._mine:
+        elif mine:
             # An attempt of ours whose answer was lost: keep it, or take back what quotes a watch that is gone.
             self.cookie = owner.cookie
+            self.hand.mark = owner.mark
             if owner.cookie == cookie:
                 self._do(S.POST_ACQUIRING, RunPostAcquire)
             else:
                 self._start_unlock_unused(owner.cookie)
         else:
-            self._do(S.CHECKING, lambda op: CheckOwner(op, owner))
+            handoff.asks(self)
+            if owner.address in self.former:
+                self._do(S.RELOOKING, Look)
+            else:
+                self._do(S.CHECKING, lambda op: CheckOwner(op, owner))
 
     def _start_unlock_unused(self, cookie: str) -> None:
         self._quiesced = False
@@ -454,10 +509,12 @@ class LockMachine:
             if self.wanted:
                 self.wanted = False
                 self._out.append(Refused(done.errno))
+            handoff.answer_offer(self, done.errno)
             self._start_unlock_unused(self.cookie)
             return
         self.wanted = False
         self._backoff = BACKOFF_SECONDS[0]
+        self.hand.standby = None
         self._go(S.LOCKED)
         handle = parse_auto_cookie(self.cookie)
         assert handle is not None
@@ -468,7 +525,10 @@ class LockMachine:
         """In LOCKED: does what came up meanwhile."""
         if self.stopping or self._release or self._asked:
             for_peer, self._asked = self._asked, False
+            handoff.answer_offer(self, errno.EAGAIN)
             self._quiesce(for_peer)
+        elif self.hand.key is not None:
+            self._quiesce(False)
         else:
             self._renew()
 
@@ -530,6 +590,7 @@ class LockMachine:
             self._pending = None
             self._ask = True
             self.wanted = not (self.stopping or self._release)
+            handoff.answer_offer(self, errno.EAGAIN)
             self._quiesce(False)
 
     def _relock_finished(self) -> None:
@@ -546,6 +607,7 @@ class LockMachine:
         if done.errno and (not self.stopping or done.errno == errno.ETIMEDOUT):
             # Not drained: the lock stays. The image left its gate as it was before.
             self._go(S.LOCKED)
+            handoff.answer_offer(self, done.errno)
             if self._release:
                 self._release = False
                 self._out.append(Released(done.errno))
@@ -557,6 +619,10 @@ class LockMachine:
                 self._out.append(Acquired())
             self._renew()
             return
+        if self.hand.key is not None and not (self.stopping or self._release):
+            handoff.make_offer(self)
+            return
+        handoff.answer_offer(self, errno.EAGAIN)
         self._failure = done.errno
         self._quiesced = True
         self._attempts = 0
@@ -570,6 +636,8 @@ class LockMachine:
             self._unlock(self.cookie)
         elif done.errno in (0, errno.ENOENT):
             self._pending = None
+            if done.errno == 0:
+                self.hand.offer = None  # nobody took it, and nobody can now
             handle = parse_auto_cookie(self.cookie)
             assert handle is not None
             self._do(S.ANNOUNCING, lambda op: AnnounceReleased(op, handle))
@@ -622,6 +690,10 @@ REACTIONS: dict[type[Event], Reaction] = {
     PeerAcquired: LockMachine._on_peer_acquired,
     PeerReleased: LockMachine._on_peer_released,
     PeerRequested: LockMachine._on_peer_requested,
+    Offer: handoff.on_offer,
+    TakeBack: handoff.on_take_back,
+    StandBy: handoff.on_stand_by,
+    TakeOver: handoff.on_take_over,
 }
 
 # What the answer of the one outstanding operation means, by state.
@@ -643,4 +715,9 @@ ANSWERS: dict[LockState, Callable[[LockMachine, Done], None]] = {
     S.UNLOCKING: LockMachine._unlocked,
     S.UNLOCK_RETRY: LockMachine._unlock_again,
     S.ANNOUNCING: LockMachine._announced,
+    S.OFFERING: handoff.offering_done,
+    S.OFFER_LOOKING: handoff.offer_looked,
+    S.RETRACTING: handoff.retract_done,
+    S.RETRACT_LOOKING: handoff.retract_looked,
+    S.TAKING: handoff.taking_done,
 }

@@ -15,6 +15,7 @@ class Locker:
     gid: int
     cookie: str
     address: str
+    mark: str = ""  # the locker's description: empty, or an Offer's mark or taken
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ class LockState(Enum):
     UNLOCKING = auto()
     UNLOCK_RETRY = auto()
     ANNOUNCING = auto()  # telling the others that the lock is free
+    OFFERING = auto()  # writing into the lock that the VM's next host may take it
+    OFFER_LOOKING = auto()  # did it get there; was it taken?
+    OFFERED = auto()
+    RETRACTING = auto()  # the VM stays here after all
+    RETRACT_LOOKING = auto()
+    TAKING = auto()  # taking what was offered to us
     FENCED = auto()
     STOPPED = auto()
 
@@ -127,6 +134,34 @@ class PeerRequested(Event):
     """Someone wants the lock: the answer is a Reply."""
 
 
+@dataclass(frozen=True)
+class Offer(Event):
+    """Hand the lock over to the VM's next host. Ends with Offered."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class TakeBack(Event):
+    """The VM stays here. Ends with Acquired or Refused (ESTALE: a stranger owned the lock meanwhile)."""
+
+
+@dataclass(frozen=True)
+class StandBy(Event):
+    """A VM comes here whose lock `owner` has now (None: nobody)."""
+
+    key: str
+    owner: Locker | None
+
+
+@dataclass(frozen=True)
+class TakeOver(Event):
+    """The VM runs here from now on. Ends with Acquired or Refused (ESTALE: a stranger owned the lock meanwhile).
+    `force`: whoever owned it."""
+
+    force: bool = False
+
+
 # --- actions -----------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +235,26 @@ class SetCookie:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """Writes `new` as the description of the locker `owner`, if the lock is exactly theirs: Done(ECANCELED)."""
+
+    op: int
+    owner: Locker
+    new: str
+
+
+@dataclass(frozen=True)
+class TakeOffer:
+    """Puts this client with `cookie` in the place of the locker `owner`, if the lock is exactly theirs, in one step:
+    Done(ECANCELED)."""
+
+    op: int
+    cookie: str
+    owner: Locker
+    mark: str
+
+
+@dataclass(frozen=True)
 class AnnounceReleased:
     op: int
     handle: int
@@ -228,6 +283,13 @@ class Released:
 
 
 @dataclass(frozen=True)
+class Offered:
+    """The answer to Offer. EAGAIN: this client does not own the lock; else the lock stayed as it was."""
+
+    errno: int = 0
+
+
+@dataclass(frozen=True)
 class Lost:
     """This client is fenced (ESHUTDOWN), or the image gone (ENOENT); so is the lock, if it was ours."""
 
@@ -248,6 +310,6 @@ class Stopped:
 
 Operation = (
     Look | TryLock | CheckOwner | Blocklist | Break | Ask | Sleep | RunPostAcquire | RunPreRelease | Unlock
-    | SetCookie | AnnounceReleased
+    | SetCookie | AnnounceReleased | Mark | TakeOffer
 )  # fmt: skip
-Action = Operation | AnnounceAcquired | Acquired | Refused | Released | Lost | Reply | Stopped
+Action = Operation | AnnounceAcquired | Acquired | Refused | Released | Offered | Lost | Reply | Stopped

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
+
 from librbd_py.control.lock_events import Locker, LockView
 from librbd_py.format import lock as fl
 from librbd_py.format import notify as nf
-from librbd_py.format.encoding import DecodeError
-from librbd_py.store.api import ListWatchers, ObjectContext
+from librbd_py.format.encoding import NEVER, DecodeError
+from librbd_py.store.api import CmpXattr, GetXattr, ListWatchers, ObjectContext, SetXattr
 
 # Told to all watchers, not asked of the lock owner.
 TO_ALL = (nf.AsyncProgress, nf.AsyncComplete, nf.Quiesce, nf.Unquiesce)
@@ -55,7 +58,7 @@ def get_lock(ctx: ObjectContext, oid: str) -> LockView:
     if not state.lockers:
         return LockView()
     (locker_id, info), *others = state.lockers.items()
-    owner = Locker(locker_id.entity.number, locker_id.cookie, info.address.text)
+    owner = Locker(locker_id.entity.number, locker_id.cookie, info.address.text, info.description)
     ours = state.type == fl.LOCK_EXCLUSIVE and state.tag == fl.RBD_LOCK_TAG and not others
     return LockView(
         owner, not ours or locker_id.entity.type != fl.ENTITY_CLIENT or fl.parse_auto_cookie(owner.cookie) is None
@@ -83,6 +86,44 @@ def set_cookie(ctx: ObjectContext, oid: str, old: str, new: str) -> None:
     """EBUSY unless this client has it with the old cookie."""
     request = fl.SetCookieRequest(fl.RBD_LOCK_NAME, fl.LOCK_EXCLUSIVE, old, fl.RBD_LOCK_TAG, new)
     ctx.exec(oid, "lock", "set_cookie", request.encode())
+
+
+def mark(ctx: ObjectContext, oid: str, owner: Locker, description: str) -> None:
+    """Changes the description of the locker `owner`. ECANCELED unless the lock is held by exactly that one."""
+
+    def change(key: fl.LockerId, info: fl.LockerInfo) -> tuple[fl.LockerId, fl.LockerInfo]:
+        return key, fl.LockerInfo(info.expiration, info.address, description)
+
+    _exchange(ctx, oid, owner, change)
+
+
+def take(ctx: ObjectContext, oid: str, owner: Locker, cookie: str, description: str) -> None:
+    """Puts this client, with `cookie`, in the place of the locker `owner`. ECANCELED unless the lock is held by exactly
+    that one; of several who try one succeeds."""
+    client = ctx.store.client
+
+    def change(key: fl.LockerId, info: fl.LockerInfo) -> tuple[fl.LockerId, fl.LockerInfo]:
+        entity = fl.EntityName(fl.ENTITY_CLIENT, client.gid)
+        return fl.LockerId(entity, cookie), fl.LockerInfo(NEVER, fl.EntityAddress.parse(client.address), description)
+
+    _exchange(ctx, oid, owner, change)
+
+
+Exchange = Callable[[fl.LockerId, fl.LockerInfo], tuple[fl.LockerId, fl.LockerInfo]]
+
+
+def _exchange(ctx: ObjectContext, oid: str, owner: Locker, change: Exchange) -> None:
+    """Compare and set on the class lock's own record: the class has no method that moves a lock to another client
+    without a moment in which nobody holds it."""
+    name = fl.XATTR_PREFIX + fl.RBD_LOCK_NAME
+    raw = ctx.read(oid, [GetXattr(name)])[0]
+    state = fl.LockState.decode(raw)
+    held = [Locker(k.entity.number, k.cookie, i.address.text, i.description) for k, i in state.lockers.items()]
+    if held != [owner]:
+        raise OSError(errno.ECANCELED, f"{oid}: the lock is not {owner}'s any more")
+    ((key, info),) = state.lockers.items()
+    new = fl.LockState(dict([change(key, info)]), state.type, state.tag)
+    ctx.write(oid, [CmpXattr(name, raw), SetXattr(name, new.encode())])
 
 
 def is_watching(ctx: ObjectContext, oid: str, owner: Locker) -> bool:

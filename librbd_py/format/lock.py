@@ -352,6 +352,8 @@ def decode_lock_names(data: bytes) -> list[str]:
 RBD_LOCK_NAME = "rbd_lock"
 RBD_LOCK_TAG = "internal"
 _AUTO = "auto "
+_OFFER, _TAKEN = "rbdpy hand-off ", "rbdpy taken "  # descriptions of lockers; librbd and krbd leave theirs empty
+_WORD = r"[!-~]{1,256}"
 
 
 def auto_cookie(watch_handle: int) -> str:
@@ -367,3 +369,34 @@ def parse_auto_cookie(cookie: str) -> int | None:
         return None
     handle = int(cookie[len(_AUTO) :])
     return handle if handle < 1 << 64 else None
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a locker's description says while it hands the lock over: to the VM `key` ("*": to whoever migrates it), in
+    the generation `nonce`, which no other offer ever has."""
+
+    key: str
+    nonce: str
+
+    @property
+    def mark(self) -> str:
+        """The description of the locker that offers. EncodeError: a key or nonce that has blanks, or is too long."""
+        for part in (self.key, self.nonce):
+            if re.fullmatch(_WORD, part) is None:
+                raise EncodeError(f"{part!r} cannot stand in the description of a lock")
+        return f"{_OFFER}{self.key} {self.nonce}"
+
+    @property
+    def taken(self) -> str:
+        """The description of the locker that took it: how the one before knows its heir from a stranger."""
+        return f"{_TAKEN}{self.nonce}"
+
+    @classmethod
+    def parse(cls, mark: str) -> Offer | None:
+        """None when the description offers nothing."""
+        found = re.fullmatch(re.escape(_OFFER) + f"({_WORD}) ({_WORD})", mark)
+        return cls(found[1], found[2]) if found else None
+
+    def meant_for(self, key: str) -> bool:
+        return self.key == key or "*" in (self.key, key)

@@ -36,6 +36,7 @@ from .proxy import Reply, Requests, Served
 from .view import EVERYTHING, NO_MAP, WRITES, DataObjects, DataPath, ObjectMapKeeper, ViewSpec
 
 DRAIN_SECONDS = 60.0  # how long a change waits for requests in flight
+OFFER_SECONDS = 2.0  # how long a client that leaves waits for a lock it does not have
 OWN_SECONDS = 30.0  # how long a new lock owner waits for the last write of the one before
 REFUSE_AGAIN_SECONDS = 1.0  # when ending the requests that wait for a lock failed
 NOTIFY_MS = 5000
@@ -67,6 +68,7 @@ class ImageHandle:
         self._releasing = False  # guarded by _holds
         self._owner = False
         self._released_by_hand = False
+        self._parked = False  # the gate is closed for a hand-off; guarded by _state
         self._map_reported = False
         self._seen_seq = 0
         self._size_limit: int | None = None
@@ -96,8 +98,10 @@ class ImageHandle:
         image_id: str | None = None,
         snapshot: str | int | None = None,
         read_only: bool = False,
+        former: frozenset[str] = frozenset(),
     ) -> ImageHandle:
-        """By name or by id; `snapshot` is a name (user namespace) or an id, and makes the view read-only.
+        """By name or by id; `snapshot` is a name (user namespace) or an id, and makes the view read-only. `former`:
+        addresses of clients known to be dead, whose lock is broken without waiting for their watch to expire.
 
         ENOENT: no such image or snapshot. ENOSYS: features this library lacks. A read-write open registers a watch.
         """
@@ -113,7 +117,7 @@ class ImageHandle:
             read_only = True
         handle = cls(ctx, name or "", header, read_only=read_only, snap_id=snap_id)
         if not read_only:
-            control = HeaderControl(ctx, handle.oid, handle)
+            control = HeaderControl(ctx, handle.oid, handle, former=former)
             control.diary.facts = handle.facts
             try:
                 control.open()
@@ -321,11 +325,13 @@ class ImageHandle:
         if self._lost is not None or self.control is None or self._released_by_hand:
             self._refuse_waiting()
             return
+        if self.control.moving:
+            return  # the hand-off lets them go on
         self.control.request_acquire().add_done_callback(self._lock_answered)
 
     def _lock_answered(self, answer: Future[None]) -> None:
         failure = answer.exception()
-        if failure is not None:
+        if failure is not None and not (self.control is not None and self.control.moving):
             log.warning("image %s: the exclusive lock cannot be had: %s", self.id, failure)
             control_pool().submit(self._refuse_waiting)
 
@@ -339,6 +345,78 @@ class ImageHandle:
                 except OSError as failure:  # no memory: but nobody else would ever end those requests
                     log.warning("image %s: %s; trying again", self.id, failure)
                     control_pool().call_later(REFUSE_AGAIN_SECONDS, self._refuse_waiting)
+
+    # --- the lock moves with a VM: control/handoff.py
+
+    def offer(self, key: str, seconds: float = OFFER_SECONDS) -> bool:
+        """The VM `key` ("*": unknown) leaves: parks all requests, drains, flushes and offers the lock to its next host.
+        True: it may take it from now on, and requests stay parked until `take_back` or `close`. False: the lock is
+        another client's; requests go on. OSError (ETIMEDOUT: requests in flight do not end; what flushing said):
+        everything is as before. EINVAL: the image has no exclusive lock.
+        """
+        control = self._moving_control()
+        self._park()
+        try:
+            offered = control.offer(key, seconds)
+        except BaseException:
+            self._unpark()
+            raise
+        if not offered:
+            self._unpark()
+        return offered
+
+    def take_back(self) -> None:
+        """The VM stays after all: owns the lock again and lets requests go on. ESTALE: a stranger owned the lock
+        meanwhile; requests stay parked."""
+        self._moving_control().take_back()
+        self._unpark()
+
+    def stand_by(self, key: str, *, park: bool) -> None:
+        """The VM `key` will come here from the host that owns the lock now. `park`: requests wait for `take_over`; else
+        reads are answered. EBUSY: this handle owns the lock or is after it. EINVAL: no exclusive lock."""
+        control = self._moving_control()
+        if park:
+            self._park()
+        try:
+            control.stand_by(key)
+        except BaseException:
+            self._unpark()
+            raise
+
+    def take_over(self, force: bool = False) -> None:
+        """The VM runs here from now on: takes the lock and lets requests go on. ESTALE: a stranger owned it after
+        `stand_by`; requests stay parked, until `force`."""
+        self._moving_control().take_over(force)
+        self._unpark()
+
+    @property
+    def handing_over(self) -> bool:
+        """The lock is offered and not taken yet, as far as is known: closing the handle would take the offer away."""
+        return self.control is not None and self.control.offered
+
+    def _moving_control(self) -> HeaderControl:
+        if self._lost is not None:
+            raise OSError(self._lost.errno, self._lost.strerror)
+        if self.control is None or not self.uses_lock:
+            raise OSError(errno.EINVAL, "the image has no exclusive lock to hand over")
+        return self.control
+
+    def _park(self) -> None:
+        with self._state:
+            if self._parked:
+                return
+            self._parked = True
+        try:
+            self.data.block(EVERYTHING, DRAIN_SECONDS)
+        except BaseException:
+            self._parked = False
+            raise
+
+    def _unpark(self) -> None:
+        with self._state:
+            parked, self._parked = self._parked, False
+        if parked:
+            self.data.unblock(EVERYTHING)
 
     def lock_by_hand(self) -> None:
         """lock_acquire: takes the lock and keeps it when others ask. EINVAL: the image has no such feature."""

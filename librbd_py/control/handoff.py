@@ -1,0 +1,263 @@
+"""Handing the lock over when a VM moves: the part of the lock machine that both hosts of a live migration go through.
+
+The lock is held all the time. Its owner *offers* it by writing a mark into its own record (the locker's description,
+which librbd and krbd leave empty and do not read); the next host *takes* it by putting itself in the place of exactly
+that record; the owner *takes it back* by removing the mark from exactly that record. Each is one compare-and-set on the
+object, so one of the two wins and nobody can come in between. The record is the generation: a cookie is never used
+twice, nor is a nonce. Whoever breaks the lock meanwhile (it is the same lock to them) makes both refuse: ESTALE, and
+the VM's requests stay parked.
+
+    source       LOCKED -Offer-> QUIESCING -> OFFERING -> OFFERED -TakeBack-> RETRACTING -> POST_ACQUIRING -> LOCKED
+                                                            `-taken-> UNLOCKED (the offer is remembered)
+    destination  UNLOCKED -StandBy, TakeOver-> LOOKING -> TAKING -> POST_ACQUIRING -> LOCKED
+
+An answer that got lost is found out by reading the lock. While it is offered the lock is given to nobody else: who asks
+is told to ask again. In OFFERED nothing is outstanding and no time runs: its exits are TakeBack, Release, Shutdown,
+Fenced and the news that somebody acquired the lock.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from librbd_py.control import lock_events as le
+from librbd_py.control.lock_events import Done, Locker, LockState
+from librbd_py.format.lock import Offer, auto_cookie
+
+if TYPE_CHECKING:
+    from librbd_py.control.lock import LockMachine
+
+S = LockState
+RETRACT_ATTEMPTS = 3  # when no answer comes and reading shows that nothing happened
+
+# Between the decision to offer and its end. No acquiring but by TakeBack.
+HANDING = frozenset({S.OFFERING, S.OFFER_LOOKING, S.OFFERED, S.RETRACTING, S.RETRACT_LOOKING})
+
+
+class HandOffData:
+    """What the machine remembers of a hand-off."""
+
+    def __init__(self) -> None:
+        self.key: str | None = None  # an Offer waits for its answer
+        self.offer: Offer | None = None  # made, or tried; until the lock is ours again for good
+        self.record: Locker | None = None  # ours in the lock while offered
+        self.mark = ""  # of our locker in the lock while we own it: not empty after taking an offer
+        self.standby: le.StandBy | None = None
+        self.attempts = 0
+        self.count = 0  # offers made by this machine: with its gid and cookie they make a nonce
+
+    @property
+    def moving(self) -> bool:
+        """Only TakeBack and TakeOver lead to the lock now."""
+        return self.offer is not None or self.key is not None or self.standby is not None
+
+
+# --- source ------------------------------------------------------------------------------------------------------
+
+
+def on_offer(m: LockMachine, event: le.Event) -> None:
+    assert isinstance(event, le.Offer)
+    if m.state in (S.FENCED, S.STOPPED) or m.stopping:
+        m._out.append(le.Offered(m.fence_errno or errno.ESHUTDOWN))
+    elif m.state is S.OFFERED:
+        m._out.append(le.Offered())
+    elif m.hand.key is not None or m.state in HANDING:
+        m._out.append(le.Offered(errno.EBUSY))
+    elif m._asked or m._release or not (m.owning or m.state is S.POST_ACQUIRING):
+        m._out.append(le.Offered(errno.EAGAIN))
+    else:
+        m.hand.key = event.key
+        if m.state is S.LOCKED:
+            m._quiesce(False)
+
+
+def answer_offer(m: LockMachine, code: int) -> None:
+    """To whoever waits for one; in every state that is a way out of offering."""
+    if m.hand.key is not None:
+        m.hand.key = None
+        m._out.append(le.Offered(code))
+
+
+def make_offer(m: LockMachine) -> None:
+    """The image has drained and lets nothing in."""
+    assert m.cookie is not None and m.hand.key is not None
+    m.hand.count += 1
+    m.hand.offer = Offer(m.hand.key, f"{m.gid}.{m.cookie.split()[-1]}.{m.hand.count}")
+    m.hand.record = record = Locker(m.gid, m.cookie, m.address, m.hand.mark)
+    mark = m.hand.offer.mark
+    m._do(S.OFFERING, lambda op: le.Mark(op, record, mark))
+
+
+def offering_done(m: LockMachine, done: Done) -> None:
+    if done.errno:
+        m._do(S.OFFER_LOOKING, le.Look)
+    else:
+        _offered(m)
+
+
+def _offered(m: LockMachine) -> None:
+    assert m.hand.offer is not None and m.cookie is not None
+    m.hand.record = Locker(m.gid, m.cookie, m.address, m.hand.offer.mark)
+    m._go(S.OFFERED)
+    answer_offer(m, 0)
+    if m.stopping or m._release:
+        m._start_unlock_unused(m.cookie)
+
+
+def _ours(m: LockMachine, done: Done) -> bool:
+    owner = done.value.owner
+    return owner is not None and owner.gid == m.gid and owner.cookie == m.cookie
+
+
+def offer_looked(m: LockMachine, done: Done) -> None:
+    assert m.hand.offer is not None
+    if done.errno == errno.ENOENT:
+        m._fence(done.errno)
+    elif done.errno:
+        m._go(S.OFFERED)  # perhaps: taking it back finds out
+        answer_offer(m, done.errno)
+        if m.stopping or m._release:
+            assert m.cookie is not None
+            m._start_unlock_unused(m.cookie)
+    elif not _ours(m, done):
+        owner = done.value.owner
+        if m.hand.key is None or (owner is not None and owner.mark == m.hand.offer.taken):
+            answer_offer(m, 0)
+            _gone(m)
+        else:
+            m._fence(errno.ESHUTDOWN)  # broken while we owned it
+    elif done.value.owner.mark == m.hand.offer.mark:
+        _offered(m)
+    else:
+        _owner_again(m, done.value.owner.mark, errno.EIO)
+
+
+def _owner_again(m: LockMachine, mark: str, code: int = 0) -> None:
+    """The lock is ours and not offered: make the image ready as after acquiring."""
+    answer_offer(m, code)
+    m.hand.mark = mark
+    m.hand.offer = m.hand.record = None
+    m._do(S.POST_ACQUIRING, le.RunPostAcquire)
+
+
+def _gone(m: LockMachine) -> None:
+    """Somebody else has the lock: nothing is ours to unlock. The offer is remembered for a TakeBack."""
+    m.cookie = None
+    m._settle()
+
+
+def on_take_back(m: LockMachine, event: le.Event) -> None:
+    if m.state in (S.FENCED, S.STOPPED) or m.stopping:
+        m._out.append(le.Refused(m.fence_errno or errno.ESHUTDOWN))
+    elif m.hand.offer is None:
+        m._on_acquire(le.Acquire())
+    else:
+        m.wanted = m._ask = True
+        m.hand.attempts = 0
+        if m.state is S.OFFERED:
+            _retract(m)
+        elif m.state is S.UNLOCKED:
+            m._do(S.RETRACT_LOOKING, le.Look)
+
+
+def _retract(m: LockMachine) -> None:
+    record = m.hand.record
+    assert record is not None
+    m.hand.attempts += 1
+    m._do(S.RETRACTING, lambda op: le.Mark(op, record, ""))
+
+
+def retract_done(m: LockMachine, done: Done) -> None:
+    if done.errno:
+        m._do(S.RETRACT_LOOKING, le.Look)
+    else:
+        _owner_again(m, "")
+
+
+def retract_looked(m: LockMachine, done: Done) -> None:
+    assert m.hand.offer is not None
+    if done.errno == errno.ENOENT:
+        m._fence(done.errno)
+    elif done.errno:
+        _not_back(m, done.errno)
+    elif m.cookie is not None and _ours(m, done):
+        mark = done.value.owner.mark
+        if mark != m.hand.offer.mark:
+            _owner_again(m, mark)
+        elif m.hand.attempts < RETRACT_ATTEMPTS and not (m.stopping or m._release):
+            _retract(m)
+        else:
+            _not_back(m, errno.ETIMEDOUT)
+    elif done.value.owner is not None and done.value.owner.mark == m.hand.offer.taken:
+        # Our own VM's other host: it lives and gives the lock back, or it is dead and fenced, as any owner.
+        m.cookie = None
+        m.hand.offer = m.hand.record = None
+        m._settle()
+    else:
+        m.cookie = None
+        _not_back(m, errno.ESTALE)
+
+
+def _not_back(m: LockMachine, code: int) -> None:
+    if m.wanted:
+        m.wanted = False
+        m._out.append(le.Refused(code))
+    if m.cookie is None or m.stopping or m._release:
+        m._settle()
+    else:
+        m._go(S.OFFERED)
+
+
+# --- destination -------------------------------------------------------------------------------------------------
+
+
+def on_stand_by(m: LockMachine, event: le.Event) -> None:
+    assert isinstance(event, le.StandBy)
+    m.hand.standby = event
+
+
+def on_take_over(m: LockMachine, event: le.Event) -> None:
+    assert isinstance(event, le.TakeOver)
+    if event.force:
+        m.hand.standby = m.hand.offer = None
+    m._on_acquire(le.Acquire())
+
+
+def judge(m: LockMachine, owner: Locker | None) -> int | Offer | None:
+    """What a host that stands by does about the lock as it is: an errno, an offer to take, None: as anybody would."""
+    standby = m.hand.standby
+    if standby is None:
+        return None
+    expected = standby.owner
+    if owner is None:
+        return None if expected is None else errno.ESTALE
+    offer = Offer.parse(owner.mark)
+    if offer is not None:
+        return offer if offer.meant_for(standby.key) else errno.ESTALE
+    return None if expected is None or owner.gid == expected.gid else errno.ESTALE
+
+
+def asks(m: LockMachine) -> None:
+    """The owner that was there all the time is asked, or is dead: from here on it is acquiring as ever."""
+    if m.hand.standby is not None:
+        m.hand.standby = le.StandBy(m.hand.standby.key, None)
+
+
+def take_offer(m: LockMachine, owner: Locker, offer: Offer) -> None:
+    assert m.handle_now is not None
+    m.cookie = cookie = auto_cookie(m.handle_now)
+    m._mine.add(cookie)
+    m.hand.mark = offer.taken
+    m._do(S.TAKING, lambda op: le.TakeOffer(op, cookie, owner, offer.taken))
+
+
+def taking_done(m: LockMachine, done: Done) -> None:
+    if done.errno == errno.ECANCELED:
+        m.cookie = None
+        if m.wanted and m.handle_now is not None:
+            m._look()
+        else:
+            m._settle()
+    else:
+        m._locked(done)
