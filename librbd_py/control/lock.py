@@ -63,7 +63,7 @@ from librbd_py.control.lock_events import (
 )
 from librbd_py.format.lock import auto_cookie, parse_auto_cookie
 
-RESEND_SECONDS = 10.0  # the owner said yes and nothing happened: twice librbd's notify timeout
+RESEND_SECONDS = 1.5  # the owner said yes and nothing happened: it drains, or died meanwhile (librbd waits 10 s)
 REFUSED_SECONDS = 1.0  # the owner answered with an error that is not final
 FAIR_SECONDS = 0.1  # after a release for a peer, before we compete for the lock again
 BACKOFF_SECONDS = (0.02, 1.0)  # nobody answered for an owner that is alive: first and longest wait
