@@ -15,7 +15,7 @@ PACKAGES_BOOT := $(PACKAGES_BUILD) qemu-system-x86 qemu-utils seabios ipxe-qemu 
 PACKAGES_CEPH := ceph-mon ceph-osd librados2
 PACKAGES_TEST := $(PACKAGES_BOOT) $(PACKAGES_CEPH) ceph-mgr qemu-system-common qemu-block-extra nbdkit libnbd-bin libnbd0 \
 	python3-libnbd fio clang-14 libclang-rt-14-dev e2fsprogs xfsprogs mount util-linux python3-rados python3-rbd ceph-common iproute2 \
-	sqlite3 gdb
+	sqlite3 gdb libvirt-daemon-system libvirt-clients libvirt-dev pkg-config
 NATIVE := $(wildcard native/*/*.c native/*/*.h native/ffi/build.py)
 
 .PHONY: help setup setup-test boot test check asan tsan fuzz bench soak lint clean
@@ -59,7 +59,7 @@ $(VENV)/installed: pyproject.toml setup.py $(NATIVE) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/developing: $(VENV)/installed
-	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[dev]' >$(CACHE)/pip.log 2>&1 || { tail -30 $(CACHE)/pip.log; exit 1; }
+	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[dev,host]' >$(CACHE)/pip.log 2>&1 || { tail -30 $(CACHE)/pip.log; exit 1; }
 	@touch $@
 
 setup-test: packages-test $(VENV)/developing ## what the tests and checks need

@@ -142,12 +142,12 @@ class DevCluster:
     def _start(self, options: Options, found: dict[str, str]) -> None:
         end = time.monotonic() + START_DEADLINE
         fsid = str(uuid.uuid4())
-        mon_ports, osd_ports = ports.choose()
+        mon_ports, osd_ports = ports.choose(options.address)
         self._write_files(options, fsid, mon_ports, osd_ports)
         osds = [(number, str(uuid.uuid4())) for number in range(options.osds)]
         making = [self._make_osd(found["ceph-osd"], number, name) for number, name in osds]
         try:
-            self._make_mon(found, fsid, mon_ports)
+            self._make_mon(found, fsid, mon_address(options.address, mon_ports))
             self.spawn(MON)
             self._wait(lambda: ports.listens(self.daemon(MON), mon_ports[0]), end, [MON], "the monitor to listen")
             if options.mgr:
@@ -188,9 +188,8 @@ class DevCluster:
         with open(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(text)
 
-    def _make_mon(self, found: dict[str, str], fsid: str, mon_ports: tuple[int, int]) -> None:
+    def _make_mon(self, found: dict[str, str], fsid: str, address: str) -> None:
         monmap = str(self.folder / "monmap")
-        address = mon_address(mon_ports)
         self._run([found["monmaptool"], "--create", "--clobber", "--addv", "a", address, "--fsid", fsid, monmap])
         argv = [found["ceph-mon"], "-i", "a", "-c", self.conf, "--mkfs", "--monmap", monmap]
         self._run([*argv, "--keyring", str(self.folder / "mon.keyring")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import ipaddress
 import os
 import struct
 import time
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-ADDRESS = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 MON = "mon.a"
 MGR = "mgr.x"
 GIB = 1 << 30
@@ -37,6 +38,7 @@ class Options:
     placement_groups: int = 8  # of each pool
     device_bytes: int = 4 * GIB  # of each OSD
     mgr: bool = False  # counts what pools hold (quotas need it); 300 MB of memory
+    address: str = LOOPBACK  # IPv4, one of this machine: where daemons listen
     pools: tuple[str, ...] = ("rbd",)
     settings: tuple[tuple[str, str], ...] = ()  # more lines for all daemons and clients
 
@@ -47,6 +49,10 @@ class Options:
             raise OSError(errno.EINVAL, f"auth is none or cephx, not {self.auth!r}")
         if self.objectstore not in ("memstore", "bluestore"):
             raise OSError(errno.EINVAL, f"objectstore is memstore or bluestore, not {self.objectstore!r}")
+        try:
+            ipaddress.IPv4Address(self.address)
+        except ValueError:
+            raise OSError(errno.EINVAL, f"{self.address!r} is no IPv4 address") from None
         if not 0 <= self.size <= self.osds or not 0 <= self.min_size <= self.copies:
             raise OSError(errno.EINVAL, f"{self.osds} OSDs cannot hold {self.size} copies, {self.min_size} at least")
 
@@ -95,21 +101,21 @@ def keyring(keys: dict[str, str]) -> str:
     return text
 
 
-def mon_address(ports: tuple[int, int]) -> str:
-    return f"[v2:{ADDRESS}:{ports[0]},v1:{ADDRESS}:{ports[1]}]"
+def mon_address(address: str, ports: tuple[int, int]) -> str:
+    return f"[v2:{address}:{ports[0]},v1:{address}:{ports[1]}]"
 
 
 def configuration(options: Options, folder: Path, fsid: str, mon_ports: tuple[int, int], osd_ports: range) -> str:
     """The ceph.conf of daemons and clients. Short times everywhere: on one machine what is late is dead."""
     common: dict[str, Any] = {
         "fsid": fsid,
-        "mon host": mon_address(mon_ports),
+        "mon host": mon_address(options.address, mon_ports),
         "mon initial members": "a",
         "auth cluster required": options.auth,
         "auth service required": options.auth,
         "auth client required": options.auth,
         "auth allow insecure global id reclaim": "false",
-        "public addr": ADDRESS,
+        "public addr": options.address,
         "ms bind ipv4": "true",
         "ms bind ipv6": "false",
         "ms bind port min": osd_ports.start,

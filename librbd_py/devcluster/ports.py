@@ -1,4 +1,4 @@
-"""TCP ports of loopback that nobody uses now."""
+"""TCP ports that nobody uses now."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import socket
 from pathlib import Path
 
-from .options import ADDRESS, MAX_OSDS
+from .options import MAX_OSDS
 from .processes import Daemon
 
 # Below the ports that the kernel gives to connections: a restarted monitor finds its own free.
@@ -18,24 +18,24 @@ PORTS_OF_AN_OSD = 8  # four messengers, two protocols
 _STEP = 8 + PORTS_OF_AN_OSD * (MAX_OSDS + 4)
 
 
-def _free(port: int) -> bool:
+def _free(address: str, port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         try:
-            probe.bind((ADDRESS, port))
+            probe.bind((address, port))
         except OSError:
             return False
     return True
 
 
-def choose() -> tuple[tuple[int, int], range]:
-    """(the monitor's two ports, ports among which OSDs find theirs). Another process may be faster to take them:
-    whoever cannot bind chooses anew. EADDRINUSE."""
+def choose(address: str) -> tuple[tuple[int, int], range]:
+    """(the monitor's two ports, ports among which OSDs find theirs), on an address of this machine.
+    Another process may be faster to take them: whoever cannot bind chooses anew. EADDRINUSE."""
     starts = list(range(LOWEST, HIGHEST - _STEP, _STEP))
     random.SystemRandom().shuffle(starts)
     for start in starts:
-        if all(map(_free, range(start, start + 16))):
+        if all(_free(address, port) for port in range(start, start + 16)):
             return (start, start + 1), range(start + 8, start + _STEP)
-    raise OSError(errno.EADDRINUSE, f"no free ports between {LOWEST} and {HIGHEST} on {ADDRESS}")
+    raise OSError(errno.EADDRINUSE, f"no free ports between {LOWEST} and {HIGHEST} on {address}")
 
 
 def listens(daemon: Daemon, port: int) -> bool:

@@ -84,16 +84,16 @@ def test_options_that_cannot_be(wrong: dict[str, object]) -> None:
 def test_ports_that_are_taken_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def free(port: int) -> bool:
+    def free(address: str, port: int) -> bool:
         asked.append(port)
         return len(asked) > 5
 
     monkeypatch.setattr(ports, "_free", free)
-    (v2, v1), osds = ports.choose()
+    (v2, v1), osds = ports.choose("127.0.0.1")
     assert v2 not in asked[:5] and v1 == v2 + 1 and v1 < osds.start and osds.stop <= ports.HIGHEST
-    monkeypatch.setattr(ports, "_free", lambda port: False)
+    monkeypatch.setattr(ports, "_free", lambda address, port: False)
     with pytest.raises(OSError) as caught:
-        ports.choose()
+        ports.choose("127.0.0.1")
     assert caught.value.errno == errno.EADDRINUSE
 
 
