@@ -1,4 +1,4 @@
-"""`python -m tests.libvirt.guard BRIDGE`: ends hosts when standard input ends, on which it is told their mount namespaces.
+"""`python -m tests.libvirt.guard BRIDGE`: ends hosts when standard input ends, which tells it their mount namespaces.
 
 The other end is held by the test run, which may end in any way.
 """

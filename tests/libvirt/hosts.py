@@ -1,8 +1,8 @@
 """Hosts side by side on one machine: each has its own mounts, network and host name, a libvirtd and a host service.
 
 What a host keeps in /etc/libvirt, /var/lib/libvirt, /run/libvirt, /run/rbdpy ... lies in its folder and is mounted in
-place inside its namespaces. Sockets are reachable from outside by their path in the folder. The hosts' network is a bridge,
-on which the machine itself has an address, too: a cluster for all of them listens there.
+place inside its namespaces. Sockets are reachable from outside by their path in the folder. The hosts' network is a
+bridge, on which the machine itself has an address, too: a cluster for all of them listens there.
 
 Everything ends with `Machine.close()`, and with the process that made it in whatever way (`guard.py`).
 """
@@ -97,7 +97,8 @@ class Host:
             f'log_outputs = "2:file:{log}/libvirtd.log"\n'
         )
         (self.folder / "etc/libvirt/qemu.conf").write_text(
-            'stdio_handler = "file"\nuser = "root"\ngroup = "root"\nsecurity_driver = "none"\ncgroup_controllers = [ ]\n'
+            'stdio_handler = "file"\nuser = "root"\ngroup = "root"\nsecurity_driver = "none"\n'
+            "cgroup_controllers = [ ]\n"
         )
 
     def _connect(self) -> None:
