@@ -149,7 +149,7 @@ def section(name: str, number: str, found: Ownership) -> Section:
         if owner.process is not None:
             held["pid"] = owner.process.pid
         if owner.offered_to is not None:
-            held["offered_to"] = _printable(owner.offered_to)
+            held["offered_to"] = owner.offered_to
         if owner.answer is not None:
             held |= _answer(owner.answer)
         shown["owner"] = held

@@ -253,6 +253,11 @@ class HeaderControl:
         return self._lock.hand.moving
 
     @property
+    def standing_by(self) -> bool:
+        """Waits for `take_over`."""
+        return self._lock.hand.standby is not None and not self._lock.owning
+
+    @property
     def offered(self) -> bool:
         """The lock is offered and, as far as is known, not taken. Closing now would take the offer away."""
         return self._lock.offered
@@ -341,7 +346,7 @@ class HeaderControl:
                 self._lock_event(le.PeerReleased())
                 return b""
             case nf.WhoAreYou():
-                return self.diary.answer(self.state, self.policy).encode()
+                return self.diary.answer(self.state, self.policy, self.standing_by).encode()
             case nf.RequestLock(client):
                 self.diary.asked(client)
                 result = self._lock_event(le.PeerRequested())

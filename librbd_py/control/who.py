@@ -51,7 +51,7 @@ class Diary:
                 while len(self._asked) > MOST_ASKING:
                     del self._asked[next(iter(self._asked))]
 
-    def answer(self, state: str, policy: str) -> fw.Answer:
+    def answer(self, state: str, policy: str, stand_by: bool = False) -> fw.Answer:
         now = time.monotonic()
         with self._lock:
             watching, owning = self._watching, self._owning
@@ -67,6 +67,7 @@ class Diary:
             state=state,
             policy=policy,
             owner=owning is not None,
+            stand_by=stand_by,
             watch_age=fw.NEVER if watching is None else _ms(now - watching[1]),
             lock_age=fw.NEVER if owning is None else _ms(now - owning),
             waiting=tuple(waiting[-fw.MAX_WAITING :]),

@@ -27,7 +27,6 @@ from .handle import ImageHandle
 
 ASK_MS = 2000  # how long a watcher may take to say who it is
 TAKE_SECONDS = 60.0  # longer than a watch lives
-_OFFER = re.compile(r"rbdpy hand-off (\S+) \S+")  # description of a lock that is being handed over
 
 
 class Outcome(Enum):
@@ -122,7 +121,7 @@ def look(handle: ImageHandle) -> Ownership:
     number = fl.parse_auto_cookie(who.cookie)
     address = info.address.text
     watching = None if number is None else found.pop((number, address), None)
-    offer = _OFFER.fullmatch(info.description)
+    offer = fl.Offer.parse(info.description)
     owner = Owner(
         str(who.entity),
         who.cookie,
@@ -132,15 +131,11 @@ def look(handle: ImageHandle) -> Ownership:
         watching,
         handle.store.process_of(address),
         _blocklisted(handle, address),
-        _printable(offer[1]) if offer else None,
+        None if offer is None else offer.key,
     )
     ours = owner.exclusive and owner.tag == fl.RBD_LOCK_TAG and len(state.lockers) == 1 and number is not None
     outcome = _outcome(owner) if ours and who.entity.type == fl.ENTITY_CLIENT else Outcome.BY_HAND
     return Ownership(owner, tuple(found.values()), outcome)
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _outcome(owner: Owner) -> Outcome:

@@ -119,6 +119,23 @@ class Contestant:
             self.acquire()
         return self.begin()
 
+    def release(self) -> None:
+        self.image.flush()
+        self.image.lock_release()
+
+    def hold(self, seconds: float) -> None:
+        """Ours alone: does something for which the lock must stay, so that who asks is promised it and waits."""
+
+        def stay() -> None:
+            with self.image.handle.exclusive():
+                time.sleep(seconds)
+
+        threading.Thread(target=stay, daemon=True).start()
+
+    def state(self) -> str:
+        """Ours alone."""
+        return str(self.image.handle.control.state)
+
     def turns(self, count: int, blocks: int) -> list[tuple[float, float, int]]:
         """(from, to, epoch) of each time of ownership."""
         found = []
@@ -197,6 +214,7 @@ class Player:
         environment = {**os.environ} if real else {**os.environ, "PYTHONPATH": root}
         self.owner = owner
         self.real = real
+        self.address = ""  # when it is ready
         self.process = subprocess.Popen(
             [python, __file__, json.dumps(where), pool, image, str(owner), "real" if real else "ours"],
             stdin=subprocess.PIPE,

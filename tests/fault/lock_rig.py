@@ -43,7 +43,7 @@ class Rig:
         """As many, which start together and are ready."""
         made = [self.player(image, real=kind) for kind in real]
         for player in made:
-            player.address = player.answer()  # type: ignore[attr-defined]
+            player.address = player.answer()
         return made
 
     def read(self, image: str) -> list[Mark]:

@@ -30,6 +30,9 @@ while (line := hear()):
     elif line == "keep": image.lock_acquire(0)
     elif line == "ask":
         image.handle.request_lock()
+    elif line == "offer": image.handle.offer("uuid:" + sys.argv[2])
+    elif line == "stand by": image.handle.stand_by("uuid:" + sys.argv[2], park=True)
+    elif line == "take over": image.handle.take_over()
     say("done")
 """
 
@@ -127,6 +130,26 @@ def test_who_waits_is_named(pack: Workers, why: Why) -> None:
     while not (waiting := why()["owner"]["waiting"]):
         assert time.monotonic() < end
     assert [row["client"] for row in waiting] == [second] and 0 <= waiting[0]["asked"] < 30
+
+
+def test_an_offer_and_who_stands_by_for_it(pack: Workers, why: Why, capsys: pytest.CaptureFixture[str]) -> None:
+    (one, first), (two, second) = user(pack, "vm"), user(pack, "vm")
+    do(one, "write")
+    do(two, "stand by")
+    shown = why()
+    assert outcome(shown) == "asked" and shown["owner"]["client"] == first
+    assert [(row["client"], row["stand_by"]) for row in shown["watchers"]] == [(second, "true")]
+    do(one, "offer")
+    shown = why()
+    assert outcome(shown) == "offered" and shown["owner"]["offered_to"] == "uuid:vm"
+    assert take("--timeout", "0.2") == errno.ETIMEDOUT  # a stranger gets nothing
+    assert "offers the lock to uuid:vm" in capsys.readouterr().out
+    assert main(["lock", "why", "a"]) == 0
+    assert "stand-by" in capsys.readouterr().out
+    do(two, "take over")
+    shown = why()
+    assert outcome(shown) == "asked" and shown["owner"]["client"] == second
+    assert shown["owner"]["stand_by"] == "false"
 
 
 def test_an_owner_that_refuses_is_fenced_only_with_force(
