@@ -3,6 +3,8 @@
  *   blkstamp write  DEV START BLOCKS EPOCH        stamp BLOCKS blocks from byte START, O_DIRECT, fsync at the end
  *   blkstamp verify DEV START BLOCKS EPOCH        read them back, O_DIRECT, and check every byte
  *   blkstamp load   DEV START BLOCKS THREADS SECS random stamped writes, fsyncs and verified reads, one area a thread
+ *   blkstamp tick   DEV START BLOCKS SECS         one write after the other and a dot for each: when the host sees no
+ *                                                 new dot, no write completed
  *
  * A block is 4096 bytes: {magic, lba, epoch, sequence, crc32 of the rest} and a pattern derived from them, so that
  * a block of another place, an older version or a torn one is told apart. Exit status 0 only if all was right.
@@ -145,11 +147,29 @@ static int load(int fd, uint64_t first, uint64_t blocks, unsigned threads, unsig
     return failed != 0;
 }
 
+static int tick(int fd, uint64_t first, uint64_t blocks, unsigned seconds)
+{
+    uint64_t *b = buffer(), end = now_ms() + seconds * 1000ULL, seq = 0;
+    for (; now_ms() < end; seq++) {
+        uint64_t lba = first + seq % blocks;
+        fill(b, lba, 1, seq);
+        if (pwrite(fd, b, BLOCK, (off_t)(lba * BLOCK)) != BLOCK) {
+            printf("STAMP-ERROR write %llu: %s\n", (unsigned long long)seq, strerror(errno));
+            return 1;
+        }
+        if (write(1, ".", 1) != 1)
+            return 1;
+    }
+    free(b);
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     setvbuf(stdout, NULL, _IOLBF, 0);
     if (argc < 6) {
-        fprintf(stderr, "usage: blkstamp write|verify DEV START BLOCKS EPOCH | load DEV START BLOCKS THREADS SECONDS\n");
+        fprintf(stderr, "usage: blkstamp write|verify DEV START BLOCKS EPOCH | load DEV START BLOCKS THREADS SECONDS"
+                        " | tick DEV START BLOCKS SECONDS\n");
         return 2;
     }
     int fd = open(argv[2], O_RDWR | O_DIRECT | O_CLOEXEC);
@@ -160,6 +180,8 @@ int main(int argc, char **argv)
     uint64_t first = strtoull(argv[3], NULL, 0) / BLOCK, blocks = strtoull(argv[4], NULL, 0);
     if (!strcmp(argv[1], "load"))
         return load(fd, first, blocks, (unsigned)atoi(argv[5]), argc > 6 ? (unsigned)atoi(argv[6]) : 10);
+    if (!strcmp(argv[1], "tick"))
+        return tick(fd, first, blocks, (unsigned)atoi(argv[5]));
     int rc = pass(fd, !strcmp(argv[1], "write"), first, blocks, strtoull(argv[5], NULL, 0));
     if (!rc)
         printf("STAMP-OK %s %llu blocks\n", argv[1], (unsigned long long)blocks);
