@@ -279,7 +279,7 @@ def name_of(ctx: ObjectContext, image_id: str) -> str:
     return _ask(ctx, names.DIRECTORY, "dir_get_name", text(image_id)).string()
 
 
-def _pages(ctx: ObjectContext, oid: str, method: str, read: Callable[[Decoder], dict[str, T]]) -> dict[str, T]:
+def pages(ctx: ObjectContext, oid: str, method: str, read: Callable[[Decoder], dict[str, T]]) -> dict[str, T]:
     """All rows of a listing method; none when there is no object."""
     rows: dict[str, T] = {}
     start = ""
@@ -298,14 +298,14 @@ def _pages(ctx: ObjectContext, oid: str, method: str, read: Callable[[Decoder], 
 
 def list_images(ctx: ObjectContext) -> dict[str, str]:
     """name -> id, sorted by name."""
-    return _pages(ctx, names.DIRECTORY, "dir_list", lambda answer: answer.map(Decoder.string, Decoder.string, 8))
+    return pages(ctx, names.DIRECTORY, "dir_list", lambda answer: answer.map(Decoder.string, Decoder.string, 8))
 
 
 def list_namespaces(ctx: ObjectContext) -> list[str]:
     def page(answer: Decoder) -> dict[str, None]:
         return dict.fromkeys(answer.list(Decoder.string, 4))
 
-    return [*_pages(ctx, names.NAMESPACES, "namespace_list", page)]
+    return [*pages(ctx, names.NAMESPACES, "namespace_list", page)]
 
 
 def trash_get(ctx: ObjectContext, image_id: str) -> TrashImageSpec:
@@ -319,7 +319,7 @@ def trash_list(ctx: ObjectContext) -> dict[str, TrashImageSpec]:
     def page(answer: Decoder) -> dict[str, TrashImageSpec]:
         return answer.map(Decoder.string, TrashImageSpec.decode_from, 10)
 
-    return _pages(ctx, names.TRASH, "trash_list", page)
+    return pages(ctx, names.TRASH, "trash_list", page)
 
 
 def trash_add(ctx: ObjectContext, image_id: str, spec: TrashImageSpec) -> None:

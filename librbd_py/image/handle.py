@@ -33,6 +33,7 @@ from .header import MAX_PARENTS, Header, header_oid, image_id_of, load
 from .objects import ignoring
 from .plain import HeadMap, PlainData
 from .proxy import Reply, Requests, Served
+from .quiesce import QuiesceWatchers
 from .view import EVERYTHING, NO_MAP, WRITES, DataObjects, DataPath, ObjectMapKeeper, ViewSpec
 
 DRAIN_SECONDS = 60.0  # how long a change waits for requests in flight
@@ -76,6 +77,7 @@ class ImageHandle:
         self._next_watcher = 0
         self._lost: OSError | None = None
         self.requests = Requests(self)
+        self.quiesce = QuiesceWatchers(self.id)
         self._served: Served | None = None
         self.next_touch: dict[str, float] = {}  # access, modify: time.monotonic() of the next look at the times
         self._parents: tuple[ParentImageSpec, ViewSpec, list[DataObjects]] | None = None
@@ -302,7 +304,10 @@ class ImageHandle:
 
     @property
     def asks_owner(self) -> bool:
-        """Whether maintenance operations need a lock that this handle does not own."""
+        """Whether maintenance operations need a lock that this handle does not own. Not inside `exclusive`: there it is
+        owned, even while somebody waits for it."""
+        if self._in_use:
+            return False
         return self.control is not None and self._locks(self.header) and not self.is_lock_owner
 
     def acquire_lock(self) -> None:
@@ -562,6 +567,9 @@ class ImageHandle:
         if isinstance(message, nf.AsyncProgress | nf.AsyncComplete):
             self.requests.heard(message)
             reply(0)
+            return
+        if isinstance(message, nf.Quiesce | nf.Unquiesce):
+            self.quiesce.heard(message, reply)
             return
         with self._state:
             if self._served is None:

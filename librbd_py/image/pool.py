@@ -6,10 +6,12 @@ import errno
 from dataclasses import dataclass
 
 from librbd_py.format import names
+from librbd_py.format.group import GROUP_DIRECTORY
 from librbd_py.store.api import ObjectContext, OmapSet, Read, Write, WriteFull
 
 from . import cls
 from .cls import call, text, u8
+from .group import groups, remove_group
 from .header import header_oid, load
 from .objects import exists, ignoring, remove
 
@@ -74,7 +76,9 @@ def namespace_remove(ctx: ObjectContext, name: str) -> None:
     with ignoring(errno.ENOENT):
         inside.write(names.DIRECTORY, [call("dir_state_set", u8(1))])
     remove(inside, names.DIRECTORY)
-    for oid in (names.TRASH, names.CHILDREN, names.INFO):
+    for group in groups(inside):
+        remove_group(inside, group)  # none of them has members
+    for oid in (names.TRASH, names.CHILDREN, names.INFO, GROUP_DIRECTORY):
         remove(inside, oid)
     default.write(names.NAMESPACES, [call("namespace_remove", text(name))])
 

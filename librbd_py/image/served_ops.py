@@ -30,7 +30,7 @@ def _flatten(handle: ImageHandle, message: nf.Flatten, progress: Progress) -> No
 
 
 def _snap_create(handle: ImageHandle, message: nf.SnapCreate, progress: Progress) -> None:
-    snapshots.create(handle, message.name, message.namespace)
+    snapshots.create(handle, message.name, message.namespace, message.flags)
 
 
 def _snap_remove(handle: ImageHandle, message: nf.SnapRemove, progress: Progress) -> None:

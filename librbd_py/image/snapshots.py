@@ -21,6 +21,7 @@ from .header import Header, header_oid, load
 from .objects import ignoring
 from .progress import Progress, report
 from .proxy import perform
+from .quiesce import guests_quiesced
 from .resize import known_states, resize
 
 COPY = 4 << 20  # bytes read and written at once
@@ -55,28 +56,35 @@ def by_id(header: Header, snap_id: int) -> Snapshot:
     return header.snaps[snap_id]
 
 
-def create(handle: ImageHandle, name: str, namespace: fh.SnapshotNamespace = fh.USER) -> int:
-    """The id of the new snapshot. EEXIST; EDQUOT: as many as the image may have; EROFS."""
+def create(handle: ImageHandle, name: str, namespace: fh.SnapshotNamespace = fh.USER, flags: int = 0) -> int:
+    """The id of the new snapshot. EEXIST; EDQUOT: as many as the image may have; EROFS. `flags`: SKIP_QUIESCE,
+    IGNORE_QUIESCE_ERROR of `quiesce`; without them also what a guest's quiesce hook fails with."""
     if handle.read_only:
         raise OSError(errno.EROFS, "the image is open read-only")
     with handle.at_head():
         perform(
             handle,
-            lambda request: nf.SnapCreate(name, namespace, request),
-            lambda: _create(handle, name, namespace),
+            lambda request: nf.SnapCreate(name, namespace, request, flags),
+            lambda: _create(handle, name, namespace, flags),
             done_already=errno.EEXIST,
         )
-        snap = handle.header.snap_named(name, namespace.type)
+        snap = _found(handle.header, name, namespace)
     if snap is None:
         raise OSError(errno.ENOENT, f"snapshot {name!r} was removed as soon as it was made")
     return snap.id
 
 
-def _create(handle: ImageHandle, name: str, namespace: fh.SnapshotNamespace) -> None:
+def _found(header: Header, name: str, namespace: fh.SnapshotNamespace) -> Snapshot | None:
+    if namespace.type == fh.NAMESPACE_USER:
+        return header.snap_named(name, fh.NAMESPACE_USER)
+    return next((snap for snap in header.snaps.values() if snap.namespace == namespace), None)
+
+
+def _create(handle: ImageHandle, name: str, namespace: fh.SnapshotNamespace, flags: int) -> None:
     with handle.exclusive() as header:
         if namespace == fh.USER and header.snap_named(name, fh.NAMESPACE_USER) is not None:
             raise OSError(errno.EEXIST, f"snapshot {name!r} exists")
-        with handle.quiesced():
+        with guests_quiesced([handle], flags), handle.quiesced():
             snap_id = _add(handle, name, namespace)
             _map_created(handle, snap_id)
             handle.refresh()

@@ -45,8 +45,6 @@ def move(ctx: ObjectContext, name: str, delay: float = 0) -> None:
     with ImageHandle.open(ctx, name if begun is None else None, image_id=begun) as handle:
         handle.name = name
         with handle.exclusive():
-            if cls.group_of(ctx, handle.oid)[0] != -1:
-                raise OSError(errno.EMLINK, f"image {name} belongs to a group")
             move_to_trash(handle, ftr.SOURCE_USER, delay)
 
 

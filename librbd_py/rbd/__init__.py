@@ -103,6 +103,7 @@ from .constants import (
     RBD_SNAP_REMOVE_UNPROTECT,
     RBD_WRITE_ZEROES_FLAG_THICK_PROVISION,
 )
+from .groups import Group
 from .image import Image
 from .iterators import (
     ChildIterator,
@@ -122,7 +123,7 @@ from .iterators import (
     TrashIterator,
     WatcherIterator,
 )
-from .pool import RBD, Group
+from .pool import RBD
 
 ArgumentOutOfRange = _exceptions.ArgumentOutOfRange
 ConnectionShutdown = _exceptions.ConnectionShutdown

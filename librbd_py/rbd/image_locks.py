@@ -96,5 +96,21 @@ class ImageLocks:
             self.handle.unwatch_updates(number)
 
     @requires_not_closed
+    def quiesce_watch(self, quiesce: Callable[[], object], unquiesce: Callable[[], object]) -> int:
+        """librbd's `rbd_quiesce_watch`, which Ceph's module does not offer: `quiesce()` runs on a thread of the library
+        before anybody makes a snapshot, `unquiesce()` after it. An OSError of `quiesce` refuses the snapshot. The
+        result is for `quiesce_unwatch`. InvalidArgument: the image is open read-only, nobody asks it."""
+        with rbd_errors(f"error watching image {self.label}"):
+            if self.handle.control is None:
+                raise OSError(22, "the image is open read-only")
+            return self.handle.quiesce.add(quiesce, unquiesce)
+
+    @requires_not_closed
+    def quiesce_unwatch(self, number: int) -> None:
+        """ImageNotFound: no such watch."""
+        with rbd_errors(f"error watching image {self.label}"):
+            self.handle.quiesce.remove(number)
+
+    @requires_not_closed
     def watchers_list(self) -> WatcherIterator:
         return WatcherIterator(self)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from librbd_py.errors import rbd as exceptions
 from librbd_py.errors import rbd_errors
-from librbd_py.image import cls, metadata
+from librbd_py.image import group, metadata
 from librbd_py.image.handle import ImageHandle
 
 from .common import requires_not_closed, text
@@ -79,8 +79,8 @@ class ImageMeta:
     def group(self) -> dict[str, Any]:
         """{'pool': -1, 'name': ''} when it is in none."""
         with rbd_errors(f"error getting group for image {self.label}"):
-            pool, group_id = cls.group_of(self.handle.ctx, self.handle.oid)
-            return {"pool": pool, "name": group_id}
+            pool, name = group.of_image(self.handle)
+            return {"pool": pool, "name": name}
 
     @requires_not_closed
     def migration_source_spec(self) -> str:

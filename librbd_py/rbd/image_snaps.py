@@ -14,6 +14,7 @@ from librbd_py.image.handle import ImageHandle
 
 from .common import OnProgress, moment, number, requires_not_closed, text
 from .constants import RBD_SNAP_REMOVE_FLATTEN, RBD_SNAP_REMOVE_UNPROTECT
+from .groups import create_flags
 from .iterators import ChildIterator, SnapIterator, group_row, mirror_row
 
 
@@ -30,10 +31,11 @@ class ImageSnaps:
 
     @requires_not_closed
     def create_snap(self, name: str | bytes, flags: int = 0) -> None:
-        """ImageExists, DiskQuotaExceeded (limit), ReadOnlyImage."""
-        snap = text(name, "name")
+        """ImageExists, DiskQuotaExceeded (limit), ReadOnlyImage; what a guest's quiesce hook fails with, unless `flags`
+        (RBD_SNAP_CREATE_SKIP_QUIESCE, RBD_SNAP_CREATE_IGNORE_QUIESCE_ERROR) say otherwise."""
+        snap, flags = text(name, "name"), number(flags)
         with rbd_errors(f"error creating snapshot {name!r} from {self.label}"):
-            snapshots.create(self.handle, snap)
+            snapshots.create(self.handle, snap, flags=create_flags(flags))
 
     @requires_not_closed
     def rename_snap(self, srcname: str | bytes, dstname: str | bytes) -> None:
@@ -157,7 +159,7 @@ class ImageSnaps:
             namespace = snapshots.by_id(self.handle.header, snap_id).namespace
             if not isinstance(namespace, fh.GroupNamespace):
                 raise OSError(errno.EINVAL, "the snapshot belongs to no group")
-            return group_row(namespace)
+            return group_row(self, namespace)  # type: ignore[arg-type]
 
     @requires_not_closed
     def snap_get_mirror_namespace(self, snap_id: int) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from librbd_py.errors import rbd_errors
 from librbd_py.format import header as fh
 from librbd_py.format import trash as ftr
 from librbd_py.image import clones, cls, directory, locks, metadata, pool, trash
+from librbd_py.image import group as groups
 from librbd_py.store.api import NOSNAP
 
 from .common import context, moment
 
 if TYPE_CHECKING:
+    from .groups import Group
     from .image import Image
 
 
@@ -54,18 +56,25 @@ class SnapIterator(_Rows):
                 if isinstance(snap.namespace, fh.TrashNamespace):
                     row["trash"] = {"original_name": snap.namespace.original_name}
                 elif isinstance(snap.namespace, fh.GroupNamespace):
-                    row["group"] = group_row(snap.namespace)
+                    row["group"] = _group_row_or_none(image, snap.namespace)
                 elif isinstance(snap.namespace, fh.MirrorNamespace):
                     row["mirror"] = mirror_row(snap.namespace)
                 self._rows.append(row)
 
 
-def group_row(namespace: fh.GroupNamespace) -> dict[str, Any]:
-    return {
-        "pool": namespace.group_pool,
-        "name": namespace.group_id,
-        "snap_name": namespace.group_snapshot_id,
-    }
+def group_row(image: Image, namespace: fh.GroupNamespace) -> dict[str, Any]:
+    found = groups.of_snapshot(image.handle.ctx, namespace)
+    return {"pool": found.pool_id, "name": found.group, "snap_name": found.name}
+
+
+def _group_row_or_none(image: Image, namespace: fh.GroupNamespace) -> dict[str, Any] | None:
+    """None when the group, or its record of the snapshot, is gone."""
+    try:
+        return group_row(image, namespace)
+    except OSError as failure:
+        if failure.errno != 2:
+            raise
+        return None
 
 
 def mirror_row(namespace: fh.MirrorNamespace) -> dict[str, Any]:
@@ -206,12 +215,24 @@ class _Unsupported(_Rows):
         raise errors.rbd.FunctionNotSupported(f"{type(self).__name__} is not supported", 38)
 
 
-class GroupImageIterator(_Unsupported):
-    pass
+class GroupImageIterator(_Rows):
+    """name, pool (id), state of the images of a group."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        with rbd_errors(f"error listing images for group {group.name.encode()!r}", objects=True):
+            found = groups.members(group.ctx, group.name)
+        self._rows = [{"name": row.name, "pool": row.pool_id, "state": row.state} for row in found]
 
 
-class GroupSnapIterator(_Unsupported):
-    pass
+class GroupSnapIterator(_Rows):
+    """name, state of the snapshots of a group, in the order of their ids."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        with rbd_errors(f"error listing snapshots for group {group.name.encode()!r}", objects=True):
+            found = groups.snaps(group.ctx, group.name)
+        self._rows = [{"name": row.name, "state": row.state} for row in found]
 
 
 class MirrorImageInfoIterator(_Unsupported):

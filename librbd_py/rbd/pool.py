@@ -20,13 +20,14 @@ from librbd_py.store.rados import RadosStore
 from .common import OnProgress, context, number, text
 from .completion import Completion
 from .defaults import Defaults
+from .groups import PoolGroups
 from .image import Image, options
 from .iterators import ConfigPoolIterator, ImageIterator, PoolMetadataIterator, TrashIterator, trash_row
 
 VERSION = (1, 16, 0)  # of the librbd whose behaviour this follows
 
 
-class RBD:
+class RBD(PoolGroups):
     """Calls that need no open image."""
 
     def version(self) -> tuple[int, int, int]:
@@ -271,11 +272,6 @@ class RBD:
         with rbd_errors("error purging images from trash"):
             trash.purge(context(ioctx), before)
 
-    def group_list(self, ioctx: Any) -> Any:
-        """There are none: groups are not supported."""
-        context(ioctx)
-        return []
-
     def mirror_mode_get(self, ioctx: Any) -> int:
         """Disabled: mirroring is not supported."""
         context(ioctx)
@@ -298,9 +294,6 @@ def _refuse(name: str) -> Any:
 
 
 for _name in (
-    "group_create",
-    "group_remove",
-    "group_rename",
     "migration_abort",
     "migration_commit",
     "migration_execute",
@@ -327,25 +320,3 @@ for _name in (
     "mirror_uuid_get",
 ):
     setattr(RBD, _name, _refuse(_name))
-
-
-class Group:
-    """Not supported: FunctionNotSupported."""
-
-    def __init__(self, ioctx: Any, name: str | bytes) -> None:
-        raise exceptions.FunctionNotSupported("groups are not supported", errno.ENOSYS)
-
-
-for _name in (
-    "__enter__",
-    "__exit__",
-    "add_image",
-    "create_snap",
-    "list_images",
-    "list_snaps",
-    "remove_image",
-    "remove_snap",
-    "rename_snap",
-    "rollback_to_snap",
-):
-    setattr(Group, _name, _refuse(_name))

@@ -15,7 +15,7 @@ from librbd_py.format.group import (
 )
 
 from .context import Context, stored
-from .rbd_common import has_key, raw, rows, text, write_value
+from .rbd_common import has_key, invalid, raw, rows, text, write_value
 from .registry import method
 
 
@@ -56,6 +56,8 @@ def group_image_list(context: Context, data: bytes) -> bytes:
 @method("rbd", "group_snap_set", writes=True)
 def group_snap_set(context: Context, data: bytes) -> bytes:
     snapshot = GroupSnapshot.decode(data)
+    if not snapshot.name or not snapshot.id:
+        raise invalid("a group snapshot needs a name and an id")
     if snapshot.state == SNAPSHOT_INCOMPLETE and has_key(context, snapshot.key):
         raise OSError(errno.EEXIST, f"group snapshot {snapshot.id} exists")
     for held in rows(context, SNAPSHOT_PREFIX).values():
