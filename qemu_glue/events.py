@@ -12,6 +12,9 @@ NAMES = {
     events.EXPORT_DISCONNECTED: "disconnected",
     events.EXPORT_BROKEN: "broken",
     events.EXPORT_STOPPED: "stopped",
+    events.EXPORT_SWITCHOVER: "switchover",
+    events.EXPORT_RINGS: "rings",
+    events.LOST: "lost",
 }
 
 

@@ -5,6 +5,7 @@ C owns the sockets' traffic; here are listening sockets, lifetime and facts. Sou
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class ExportStats:
     broken: int
     resubmitted: int
     dirty_pages: int
+    switchover: int  # the one that waits for go_on() now; 0: none
+    rings: int  # running now
 
 
 class Export:
@@ -41,7 +44,21 @@ class Export:
     def stats(self) -> ExportStats:
         raw = ffi.new("rbdn_export_stats *")
         check(lib.rbdn_export_stats_get(self._handle, raw), "export statistics")
-        return ExportStats(raw.clients, raw.accepted, raw.broken, raw.resubmitted, raw.dirty_pages)
+        counts = (raw.clients, raw.accepted, raw.broken, raw.resubmitted, raw.dirty_pages)
+        return ExportStats(*counts, raw.switchover, raw.rings)
+
+    def serve(self, sock: socket.socket) -> None:
+        """Serves a connected Unix stream socket, at once or when the front end before has left. The export has a
+        descriptor of its own afterwards. EINVAL: this export is not vhost-user; EAGAIN: too many wait; ESHUTDOWN."""
+        check(lib.rbdn_vhost_serve(self._handle, os.dup(sock.fileno())), "cannot serve the connection")
+
+    def go_on(self, switchover: int) -> bool:
+        """Answers the front end that waits in a switch-over (the value of its event). False: nobody waits in it now."""
+        code: int = lib.rbdn_export_go_on(self._handle, switchover)
+        if code == -errno.ESTALE:
+            return False
+        check(code, "cannot end a switch-over")
+        return True
 
     def stop(self, hard: bool) -> None:
         """No new clients; `hard` drops those present. Removes the socket. Idempotent."""
@@ -59,7 +76,7 @@ class Export:
 def vhost_user_blk(
     export_id: int,
     image: Any,
-    path: str,
+    path: str | None,
     *,
     writable: bool,
     num_queues: int = 1,
@@ -69,7 +86,8 @@ def vhost_user_blk(
     mode: int = 0o660,
     group: int = -1,
 ) -> Export:
-    """Serves `image` (a rbdn_image *) on a new Unix socket. OSError when the socket or the export cannot be made."""
+    """Serves `image` (a rbdn_image *) on a new Unix socket; path None: only sockets that Export.serve() brings. OSError
+    when the socket or the export cannot be made."""
     config = ffi.new("rbdn_vhost_config *")
     config.num_queues = num_queues
     config.queue_size_max = queue_size
@@ -77,12 +95,15 @@ def vhost_user_blk(
     config.write_cache = 1
     config.serial = serial.encode()[:20]
     config.logical_block_size = block_size
-    sock = sockets.listen_unix(path, mode, group)
     error = ffi.new("int *")
-    with sock:  # the export dups it
-        handle = lib.rbdn_vhost_start(export_id, image, sock.fileno(), config, error)
+    if path is None:
+        handle = lib.rbdn_vhost_start(export_id, image, -1, config, error)
+    else:
+        with sockets.listen_unix(path, mode, group) as sock:  # the export dups it
+            handle = lib.rbdn_vhost_start(export_id, image, sock.fileno(), config, error)
     if not handle:
-        sockets.remove(path)
+        if path is not None:
+            sockets.remove(path)
         check(error[0], "cannot start the vhost-user-blk export")
     return Export(handle, path)
 

@@ -14,6 +14,12 @@ enum event_type {
     EVENT_EXPORT_STOPPED = 6,      /* source = export id: all clients gone after rbdn_export_stop */
     EVENT_LOST = 7,                /* more unread events than the list holds: ask every source for its state */
     EVENT_READ_ERROR = 8,          /* source = image id, value = -errno: the store failed a read */
+    /* Live migration, vhost-user. source = export id, value = number of the switch-over: the front end has stopped its last
+     * running ring while it logs what we write, and waits for rbdn_export_go_on(). */
+    EVENT_EXPORT_SWITCHOVER = 9,
+    /* source = export id: a session's first ring starts; value = number of the switch-over since the last such event,
+     * 0 when there was none. */
+    EVENT_EXPORT_RINGS = 10,
 };
 void event_post(int type, uint64_t source, int64_t value);
 #endif

@@ -17,8 +17,16 @@ typedef struct {
     uint32_t logical_block_size;
 } rbdn_vhost_config;
 
-/* Serves one front end at a time on listen_fd (a second one is accepted after the first left). */
+/* Serves one front end at a time on listen_fd (a second one is accepted after the first left). listen_fd -1: only those
+ * that rbdn_vhost_serve() brings. */
 rbdn_export *rbdn_vhost_start(uint64_t id, rbdn_image *i, int listen_fd, const rbdn_vhost_config *c, int *err);
+/* One already connected stream socket; ownership passes to the export, also on failure. It is served at once, or when the
+ * front end before it has left; of those that wait, eight at most, the eldest come first. -EINVAL: not a vhost-user
+ * export, or no socket of that kind; -EAGAIN: too many wait; -ESHUTDOWN: the export is stopping. */
+int rbdn_vhost_serve(rbdn_export *e, int fd);
+/* Ends the wait of switch-over `which` (the value of EVENT_EXPORT_SWITCHOVER): the front end gets its answer, and the
+ * guest may run elsewhere. -ESTALE: it got it already (it was kept waiting for too long) or is gone. */
+int rbdn_export_go_on(rbdn_export *e, int64_t which);
 
 /* NBD: one server = one or more listening sockets, a table of exports by name. */
 typedef struct nbd_server rbdn_nbd_server;
@@ -40,6 +48,8 @@ typedef struct {
     uint64_t broken;        /* connections or queues ended for a violation */
     uint64_t resubmitted;   /* requests found in flight at a reconnect */
     uint64_t dirty_pages;   /* marked in a migration log */
+    int64_t switchover;     /* the one that waits for rbdn_export_go_on() now; 0 = none */
+    uint32_t rings;         /* running now */
 } rbdn_export_stats;
 int rbdn_export_stats_get(rbdn_export *e, rbdn_export_stats *out);
 /* No new clients. hard: drop the present ones too. EVENT_EXPORT_STOPPED follows when none is left. */

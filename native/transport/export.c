@@ -1,6 +1,7 @@
 #include "transport/export.h"
 
 #include <errno.h>
+#include <unistd.h>
 
 #include "engine/event.h"
 
@@ -61,6 +62,8 @@ int rbdn_export_stats_get(rbdn_export *e, rbdn_export_stats *out)
     out->broken = atomic_load(&e->broken);
     out->resubmitted = atomic_load(&e->resubmitted);
     out->dirty_pages = atomic_load(&e->dirty_pages);
+    out->switchover = atomic_load(&e->held);
+    out->rings = atomic_load(&e->rings);
     return 0;
 }
 
@@ -92,4 +95,17 @@ int rbdn_export_free(rbdn_export *e)
     pthread_mutex_destroy(&e->lock);
     e->ops->free(e);
     return 0;
+}
+
+int rbdn_vhost_serve(rbdn_export *e, int fd)
+{
+    if (e->ops->serve)
+        return e->ops->serve(e, fd);
+    close(fd);
+    return -EINVAL;
+}
+
+int rbdn_export_go_on(rbdn_export *e, int64_t which)
+{
+    return e->ops->go_on ? e->ops->go_on(e, which) : -EINVAL;
 }

@@ -20,6 +20,8 @@ struct export_ops {
     const char *name;                    /* "vhost-user-blk", "nbd" */
     void (*stop)(struct export *, bool hard); /* close the listener of a vhost export; hard: drop clients */
     void (*free)(struct export *);
+    int (*serve)(struct export *, int fd);          /* NULL: -EINVAL */
+    int (*go_on)(struct export *, int64_t which);   /* the same */
 };
 
 /* First member of every implementation. */
@@ -32,6 +34,8 @@ struct export {
     enum export_state state;
     uint32_t clients;
     _Atomic uint64_t accepted, broken, resubmitted, dirty_pages;
+    _Atomic int64_t held; /* the switch-over that waits; 0 = none. Who sets it to 0 lets it go on, nobody else */
+    _Atomic uint32_t rings;
 };
 
 int export_init(struct export *, const struct export_ops *, uint64_t id, struct image *);

@@ -19,8 +19,25 @@ void vhost_export_timer(struct vhost_export *e, unsigned ms)
     timerfd_settime(e->timer.fd, 0, &t, NULL);
 }
 
+static bool serve(struct vhost_export *e, int fd)
+{
+    if (!export_client_came(&e->base)) {
+        close(fd);
+        return false;
+    }
+    if (vhost_session_new(e, fd) == 0)
+        return true;
+    export_client_left(&e->base);
+    return false;
+}
+
 static void listen_on(struct vhost_export *e)
 {
+    while (!e->live && e->waiting_count) {
+        int fd = e->waiting[0];
+        memmove(e->waiting, e->waiting + 1, --e->waiting_count * sizeof *e->waiting);
+        serve(e, fd);
+    }
     if (e->listener.fd < 0 || e->listening || e->live)
         return;
     if (reactor_watch(e->reactor, &e->listener, EPOLLIN) == 0)
@@ -47,13 +64,7 @@ static void on_connect(struct fd_watch *w, uint32_t events)
         }
         return;
     }
-    if (!export_client_came(&e->base)) {
-        close(fd);
-        return;
-    }
-    if (vhost_session_new(e, fd))
-        export_client_left(&e->base);
-    else
+    if (serve(e, fd))
         listen_off(e); /* others wait in the socket's queue until this one has left */
 }
 
@@ -96,45 +107,54 @@ static void image_changed(struct image_user *u)
     reactor_post(e->reactor, &e->changed_post);
 }
 
-/* ---- stop and free, called on any thread ---- */
+static void on_go_on(struct post *p)
+{
+    struct vhost_export *e = p->owner;
+    if (e->live && e->live->holding && !atomic_load(&e->base.held))
+        vhost_session_go_on(e->live);
+}
 
-struct stop_call {
+/* Any thread. */
+static int vhost_go_on(struct export *base, int64_t which)
+{
+    struct vhost_export *e = (struct vhost_export *)base;
+    int64_t held = which;
+    if (which <= 0 || !atomic_compare_exchange_strong(&e->base.held, &held, 0))
+        return -ESTALE;
+    reactor_post(e->reactor, &e->go_on_post);
+    return 0;
+}
+
+/* ---- calls from other threads that wait for the reactor ---- */
+
+struct call {
     struct post post;
     struct vhost_export *export;
-    bool hard, done;
+    void (*run)(struct call *);
+    int argument, result;
+    bool done;
     pthread_mutex_t lock;
     pthread_cond_t wake;
 };
 
-static void stop_here(struct vhost_export *e, bool hard)
+static void on_call(struct post *p)
 {
-    listen_off(e);
-    if (e->listener.fd >= 0)
-        close(e->listener.fd);
-    e->listener.fd = -1;
-    if (hard && e->live)
-        vhost_session_close(e->live, false);
-}
-
-static void on_stop(struct post *p)
-{
-    struct stop_call *c = p->owner;
-    stop_here(c->export, c->hard);
+    struct call *c = p->owner;
+    c->run(c);
     pthread_mutex_lock(&c->lock);
     c->done = true;
     pthread_cond_signal(&c->wake);
     pthread_mutex_unlock(&c->lock);
 }
 
-/* Returns when the listener is closed: nobody can come any more. */
-static void vhost_stop(struct export *base, bool hard)
+static int call(struct export *base, void (*run)(struct call *), int argument)
 {
     struct vhost_export *e = (struct vhost_export *)base;
+    struct call c = {.post.run = on_call, .export = e, .run = run, .argument = argument};
     if (reactor_here(e->reactor)) {
-        stop_here(e, hard);
-        return;
+        run(&c);
+        return c.result;
     }
-    struct stop_call c = {.post.run = on_stop, .export = e, .hard = hard};
     c.post.owner = &c;
     pthread_mutex_init(&c.lock, NULL);
     pthread_cond_init(&c.wake, NULL);
@@ -145,6 +165,57 @@ static void vhost_stop(struct export *base, bool hard)
     pthread_mutex_unlock(&c.lock);
     pthread_cond_destroy(&c.wake);
     pthread_mutex_destroy(&c.lock);
+    return c.result;
+}
+
+static void serve_here(struct call *c)
+{
+    struct vhost_export *e = c->export;
+    if (e->closed || e->waiting_count == VHOST_WAITING_MAX) {
+        c->result = e->closed ? -ESHUTDOWN : -EAGAIN;
+        close(c->argument);
+        return;
+    }
+    e->waiting[e->waiting_count++] = c->argument;
+    listen_on(e);
+    if (e->live)
+        listen_off(e);
+}
+
+static int vhost_serve(struct export *base, int fd)
+{
+    int type = 0, flags = fcntl(fd, F_GETFL);
+    socklen_t size = sizeof type;
+    if (flags < 0 || getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) || type != SOCK_STREAM ||
+        fcntl(fd, F_SETFL, flags | O_NONBLOCK)) {
+        if (flags >= 0)
+            close(fd);
+        return -EINVAL;
+    }
+    return call(base, serve_here, fd);
+}
+
+/* ---- stop and free, called on any thread ---- */
+
+static void stop_here(struct call *c)
+{
+    struct vhost_export *e = c->export;
+    bool hard = c->argument;
+    e->closed = true;
+    while (e->waiting_count)
+        close(e->waiting[--e->waiting_count]);
+    listen_off(e);
+    if (e->listener.fd >= 0)
+        close(e->listener.fd);
+    e->listener.fd = -1;
+    if (hard && e->live)
+        vhost_session_close(e->live, false);
+}
+
+/* Returns when the listener is closed: nobody can come any more. */
+static void vhost_stop(struct export *base, bool hard)
+{
+    call(base, stop_here, hard);
 }
 
 static void on_free(struct post *p)
@@ -163,7 +234,9 @@ static void vhost_free(struct export *base)
     reactor_post(e->reactor, &e->free_post);
 }
 
-static const struct export_ops vhost_ops = {.name = "vhost-user-blk", .stop = vhost_stop, .free = vhost_free};
+static const struct export_ops vhost_ops = {
+    .name = "vhost-user-blk", .stop = vhost_stop, .free = vhost_free, .serve = vhost_serve, .go_on = vhost_go_on,
+};
 
 static bool power_of_two(uint32_t n)
 {
@@ -181,10 +254,12 @@ rbdn_export *rbdn_vhost_start(uint64_t id, rbdn_image *image, int listen_fd, con
         !memchr(c->serial, 0, sizeof c->serial))
         return NULL;
     e = calloc(1, sizeof *e);
-    listener = fcntl(listen_fd, F_DUPFD_CLOEXEC, 0);
+    if (listen_fd >= 0)
+        listener = fcntl(listen_fd, F_DUPFD_CLOEXEC, 0);
     timer = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
-    if (!e || listener < 0 || timer < 0 || (flags = fcntl(listener, F_GETFL)) < 0 ||
-        fcntl(listener, F_SETFL, flags | O_NONBLOCK)) {
+    if (!e || (listen_fd >= 0 && listener < 0) || timer < 0 ||
+        (listen_fd >= 0 &&
+         ((flags = fcntl(listener, F_GETFL)) < 0 || fcntl(listener, F_SETFL, flags | O_NONBLOCK)))) {
         *err = e ? -errno : -ENOMEM;
         goto failed;
     }
@@ -204,9 +279,11 @@ rbdn_export *rbdn_vhost_start(uint64_t id, rbdn_image *image, int listen_fd, con
     e->writeback = c->write_cache;
     e->drain_ms = VHOST_DRAIN_MS;
     e->fenced_ms = VHOST_FENCED_MS;
+    e->offer_ms = VHOST_OFFER_MS;
     e->listener = (struct fd_watch){.fd = listener, .ready = on_connect, .owner = e};
     e->timer = (struct fd_watch){.fd = timer, .ready = on_timer, .owner = e};
     e->changed_post = (struct post){.run = on_changed, .owner = e};
+    e->go_on_post = (struct post){.run = on_go_on, .owner = e};
     e->free_post = (struct post){.run = on_free, .owner = e};
     e->base.user = (struct image_user){.changed = image_changed, .owner = e};
     *err = export_init(&e->base, &vhost_ops, id, image);
@@ -216,6 +293,8 @@ rbdn_export *rbdn_vhost_start(uint64_t id, rbdn_image *image, int listen_fd, con
     }
     /* The timer first: once the listener is watched, things happen on the reactor. */
     *err = reactor_watch(e->reactor, &e->timer, EPOLLIN);
+    if (*err == 0 && listener < 0)
+        return &e->base;
     if (*err == 0) {
         e->listening = true;
         *err = reactor_watch(e->reactor, &e->listener, EPOLLIN);
@@ -225,7 +304,8 @@ rbdn_export *rbdn_vhost_start(uint64_t id, rbdn_image *image, int listen_fd, con
     }
     image_put(image, &e->base.user);
     pthread_mutex_destroy(&e->base.lock);
-    close(listener);
+    if (listener >= 0)
+        close(listener);
     reactor_post(e->reactor, &e->free_post); /* closes the timer on its own thread */
     return NULL;
 failed:

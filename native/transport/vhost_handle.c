@@ -10,6 +10,7 @@
 #include <linux/virtio_config.h>
 #include <linux/virtio_blk.h>
 
+#include "engine/event.h"
 #include "transport/vhost_session.h"
 
 #define BIT(n) (1ULL << (n))
@@ -288,6 +289,31 @@ static void forget_kick(struct ring_config *c)
     c->kick = -1;
 }
 
+static void answer_base(struct vhost_session *s)
+{
+    uint32_t index = s->in.msg.state.index;
+    struct {
+        uint32_t index, num;
+    } state = {index, s->rings[index].base};
+    if (reply(s, &state, sizeof state, -1) == REPLIED)
+        session_read_on(s);
+    else
+        vhost_session_close(s, true);
+}
+
+/* The guest is moving: a front end that logs our writes has stopped the last ring. (One that does not log stops the
+ * firmware's rings, or pauses.) With the answer the guest may run elsewhere, so first Python offers the lock. A guest that
+ * is reset during a migration comes here, too: its rings start again, and the lock is taken back. */
+static void hold_switchover(struct vhost_session *s)
+{
+    struct vhost_export *e = s->export;
+    s->holding = true;
+    e->switched = true;
+    atomic_store(&e->base.held, ++e->switchovers);
+    vhost_export_timer(e, e->offer_ms);
+    event_post(EVENT_EXPORT_SWITCHOVER, e->base.id, e->switchovers);
+}
+
 static void base_drained(struct vhost_session *s)
 {
     uint32_t index = s->in.msg.state.index;
@@ -297,13 +323,17 @@ static void base_drained(struct vhost_session *s)
         session_reap(s, index);
     }
     forget_kick(c);
-    struct {
-        uint32_t index, num;
-    } state = {index, c->base};
-    if (reply(s, &state, sizeof state, -1) == REPLIED)
-        session_read_on(s);
+    if (!any_running(s) && s->log && s->features & BIT(VHOST_F_LOG_ALL))
+        hold_switchover(s);
     else
-        vhost_session_close(s, true);
+        answer_base(s);
+}
+
+void vhost_session_go_on(struct vhost_session *s)
+{
+    vhost_export_timer(s->export, 0);
+    s->holding = false;
+    answer_base(s);
 }
 
 static enum handled get_vring_base(struct vhost_session *s, uint32_t index)

@@ -5,6 +5,8 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "engine/event.h"
+
 #define MESSAGES_AT_ONCE 16 /* then others get their turn on the reactor */
 
 static void session_free(struct vhost_session *s)
@@ -37,6 +39,7 @@ void session_reap(struct vhost_session *s, unsigned n)
     if (!s->queues[n])
         return;
     vhost_queue_free(s->queues[n]);
+    atomic_fetch_sub(&s->export->base.rings, 1);
     s->queues[n] = NULL;
     s->stopping[n] = false;
 }
@@ -140,11 +143,13 @@ int session_start_ready(struct vhost_session *s, void (*then)(struct vhost_sessi
 {
     struct vhost_export *e = s->export;
     unsigned count = 0;
+    bool running = false;
     if (e->draining)
         return 0;
     bool fresh[VHOST_QUEUES_MAX] = {false};
     for (unsigned n = 0; n < e->settings.num_queues; n++) {
         struct ring_config *c = &s->rings[n];
+        running |= s->queues[n] && !fresh[n];
         if (s->queues[n] || c->kick < 0 || !c->num || !s->addressed[n] || !c->mem)
             continue;
         if (!rings_fit(c) || (c->inflight && c->num > c->inflight_num))
@@ -154,11 +159,16 @@ int session_start_ready(struct vhost_session *s, void (*then)(struct vhost_sessi
         s->queues[n] = vhost_queue_new(&e->base, &e->device, n, c, e->reactor, on_answer, s);
         if (!s->queues[n])
             return -EPROTO; /* no memory: the front end will come back */
+        atomic_fetch_add(&e->base.rings, 1);
         fresh[n] = true;
         count++;
     }
     if (count == 0)
         return 0;
+    if (!running) {
+        event_post(EVENT_EXPORT_RINGS, e->base.id, e->switched ? e->switchovers : 0);
+        e->switched = false;
+    }
     wait_for_queues(s, then);
     s->unanswered += count;
     for (unsigned n = 0; n < VHOST_QUEUES_MAX; n++)
@@ -210,6 +220,11 @@ void vhost_session_close(struct vhost_session *s, bool violation)
         return;
     if (violation)
         export_broken(&e->base, -1);
+    if (s->holding) {
+        atomic_store(&e->base.held, 0); /* too late for go_on */
+        vhost_export_timer(e, 0);
+        s->holding = false;
+    }
     if (s->state == SESSION_READING)
         reactor_unwatch(&s->socket);
     close(s->socket.fd);
@@ -229,6 +244,12 @@ void vhost_session_close(struct vhost_session *s, bool violation)
 
 void vhost_session_deadline(struct vhost_session *s)
 {
+    if (s->holding) {
+        int64_t held = s->export->switchovers;
+        if (atomic_compare_exchange_strong(&s->export->base.held, &held, 0))
+            vhost_session_go_on(s); /* else somebody said so just now */
+        return;
+    }
     if (s->state != SESSION_WAITING || !s->undrained)
         return;
     if (!s->fenced) {

@@ -15,6 +15,10 @@
 #define VHOST_QUEUES_MAX 64
 #define VHOST_DRAIN_MS 20000  /* GET_VRING_BASE: after this the image is fenced, so that parked requests fail */
 #define VHOST_FENCED_MS 5000  /* and after this the connection is ended with the request still in the store */
+/* How long a switch-over waits for Python to offer the lock. Nothing is wrong afterwards: the lock is still ours, and the
+ * guest's next host asks for it. The guest stands still meanwhile, and so does QEMU's monitor. */
+#define VHOST_OFFER_MS 5000
+#define VHOST_WAITING_MAX 8   /* connected sockets that wait for the present front end to leave */
 
 struct vhost_session;
 
@@ -23,13 +27,18 @@ struct vhost_export {
     struct blk_device device;
     struct blk_settings settings;
     bool writeback; /* cache mode chosen by the driver */
-    unsigned drain_ms, fenced_ms;
+    _Atomic unsigned drain_ms, fenced_ms, offer_ms; /* tests change them */
     struct reactor *reactor;
     struct fd_watch listener; /* fd -1 = closed */
     bool listening;           /* watched */
-    struct fd_watch timer;    /* timerfd: deadline of a drain, or a pause after accept failed */
+    struct fd_watch timer;    /* timerfd: deadline of a drain or a switch-over, or a pause after accept failed */
     struct vhost_session *live, *draining;
-    struct post changed_post, free_post;
+    int waiting[VHOST_WAITING_MAX]; /* sockets brought by rbdn_vhost_serve(), eldest first */
+    unsigned waiting_count;
+    bool closed;              /* stopped: nobody is served any more who is not yet */
+    int64_t switchovers;      /* begun so far */
+    bool switched;            /* one since rings were last started */
+    struct post changed_post, go_on_post, free_post;
 };
 
 enum session_state { SESSION_READING, SESSION_WAITING, SESSION_ABANDONING, SESSION_DRAINING };
@@ -57,6 +66,7 @@ struct vhost_session {
     void (*then)(struct vhost_session *);
     unsigned losses; /* shm_losses() when last looked at by vhost_handle() */
     bool fenced; /* the first deadline has passed */
+    bool holding; /* a switch-over is waiting for its answer; the state is WAITING */
     /* replaced by the command: let go when it is answered */
     int old_fd;
     struct guest_memory *old_mem;
@@ -68,6 +78,7 @@ int vhost_session_new(struct vhost_export *, int fd);
 /* Ends the connection; violation: counted as such. The session frees itself when its requests are done. */
 void vhost_session_close(struct vhost_session *, bool violation);
 void vhost_session_deadline(struct vhost_session *); /* the export's timer fired */
+void vhost_session_go_on(struct vhost_session *); /* a switch-over has waited long enough */
 void vhost_session_start_rings(struct vhost_session *); /* those that waited for an older session to end */
 void vhost_session_config_changed(struct vhost_session *);
 /* The export's part: s is about to be freed. */

@@ -5,6 +5,9 @@
  *   hold FROM TO           requests that begin in [FROM, TO) wait, fence or not; equal numbers let them go
  *   resize BYTES
  *   deadline MS MS         of GET_VRING_BASE: until the fence, then until the connection ends
+ *   offer MS               how long a switch-over waits
+ *   goon NUMBER            answers a switch-over: its errno
+ *   serve PATH             connects to PATH and serves that: errno
  *   stop soft|hard         waits for EVENT_EXPORT_STOPPED and frees
  *   stats                  clients accepted broken resubmitted dirty_pages submitted fua
  *   events                 "type:value" of those not read yet
@@ -27,6 +30,18 @@ static int listen_at(const char *path)
     snprintf(a.sun_path, sizeof a.sun_path, "%s", path);
     unlink(path);
     if (bind(fd, (struct sockaddr *)&a, sizeof a) || listen(fd, 8)) {
+        perror(path);
+        exit(1);
+    }
+    return fd;
+}
+
+static int connect_to(const char *path)
+{
+    struct sockaddr_un a = {.sun_family = AF_UNIX};
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    snprintf(a.sun_path, sizeof a.sun_path, "%s", path);
+    if (connect(fd, (struct sockaddr *)&a, sizeof a)) {
         perror(path);
         exit(1);
     }
@@ -72,7 +87,7 @@ int main(int argc, char **argv)
     }
     setvbuf(stdout, NULL, _IOLBF, 0);
     puts("ready");
-    char line[128], word[32];
+    char line[128], word[32], path[108];
     while (fgets(line, sizeof line, stdin)) {
         unsigned long long a, b;
         if (!strncmp(line, "block", 5) || !strncmp(line, "unblock", 7)) {
@@ -88,6 +103,13 @@ int main(int argc, char **argv)
             ((struct vhost_export *)e)->drain_ms = (unsigned)a;
             ((struct vhost_export *)e)->fenced_ms = (unsigned)b;
             puts("ok");
+        } else if (sscanf(line, "offer %llu", &a) == 1) {
+            ((struct vhost_export *)e)->offer_ms = (unsigned)a;
+            puts("ok");
+        } else if (sscanf(line, "goon %llu", &a) == 1) {
+            printf("%d\n", -rbdn_export_go_on(e, (int64_t)a));
+        } else if (sscanf(line, "serve %107s", path) == 1) {
+            printf("%d\n", -rbdn_vhost_serve(e, connect_to(path)));
         } else if (sscanf(line, "stop %31s", word) == 1) {
             stop(e, !strcmp(word, "hard"));
         } else if (!strncmp(line, "stats", 5)) {

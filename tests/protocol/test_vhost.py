@@ -42,7 +42,7 @@ from vhost_frontend import (
     Queue,
     frontend,
 )
-from vhost_server import CONNECTED, DISCONNECTED, Server, wait_until
+from vhost_server import CONNECTED, DISCONNECTED, RINGS, Server, wait_until
 
 SIZE = 64 << 20
 
@@ -370,7 +370,7 @@ def test_one_front_end_after_the_other(vhost: Server) -> None:
         with frontend(vhost.path, queues=1 + n) as front:
             assert front.write(n, bytes([n]) * 512) == OK
         vhost.quiet(before)
-        assert vhost.events() == [(CONNECTED, 1), (DISCONNECTED, 0)]
+        assert vhost.events() == [(CONNECTED, 1), (RINGS, 0), (DISCONNECTED, 0)]
     assert vhost.stats().accepted == 3
 
 

@@ -30,7 +30,7 @@ FLAGS = {
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
     "tsan": ["-O1", "-fsanitize=thread", "-Wno-tsan"],
 }
-CONNECTED, DISCONNECTED, BROKEN, STOPPED = 3, 4, 5, 6  # native/engine/event.h
+CONNECTED, DISCONNECTED, BROKEN, STOPPED, SWITCHOVER, RINGS = 3, 4, 5, 6, 9, 10  # native/engine/event.h
 
 
 def build(mode: str) -> Path:
