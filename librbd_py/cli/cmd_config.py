@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Container, Iterable
+from contextlib import suppress
 
 from librbd_py.cli.arguments import FORMAT, IMAGE
 from librbd_py.cli.failure import Failure, code_of, reason
@@ -15,6 +17,7 @@ from librbd_py.cli.session import Session, Spec, failing, failures
 ENTITY = "config-entity:config entity (global, client, client.<id>)"
 KEY = "key:config key"
 VALUE = "value:config value"
+_OWN = {"rbd_cache_writethrough_until_flush": "false"}  # as the command itself has it
 PREFIX = "conf_"  # of the keys in the metadata of pools and images
 
 
@@ -141,6 +144,8 @@ def _options(session: Session, names: Iterable[str], *layers: tuple[str, dict[st
 
 def _configured(session: Session, name: str) -> str:
     """What the cluster's configuration says; empty: nothing."""
+    if name in _OWN:
+        return _OWN[name]
     try:
         return str(session.cluster.conf_get(name) or "")
     except failures():
@@ -156,6 +161,16 @@ def _require(name: str, value: str, allowed: Container[str]) -> None:
 
 
 # --- of a pool
+
+
+def _tell_clients(session: Session) -> None:
+    """Librbd's clients read the overrides of their pools again when this option changes."""
+    from librbd_py.store.rados import RadosStore
+
+    if isinstance(session.cluster.store, RadosStore):
+        name = "rbd_config_pool_override_update_timestamp"
+        with suppress(Failure):  # a user who may not change it has still changed the pool
+            _mon(session, name, prefix="config set", who="global", name=name, value=str(int(time.time())))
 
 
 @verb("config pool get", "Get a pool-level configuration override.", spec=("pool-name", KEY))
@@ -183,6 +198,7 @@ def pool_set(session: Session) -> None:
     with failing(f"failed to set {key}"):
         _require(key, value, OPTIONS)
         rbd.RBD().config_set(ioctx, key, value)
+    _tell_clients(session)
 
 
 @verb(
@@ -201,6 +217,7 @@ def pool_remove(session: Session) -> None:
             rbd.RBD().config_remove(ioctx, key)
         except KeyError:
             raise OSError(2, "") from None
+    _tell_clients(session)
 
 
 @verb(

@@ -29,7 +29,7 @@ def creation(session: Session, *, base: int | None = DEFAULT_FEATURES) -> dict[s
     given = session.given
     chosen: dict[str, Any] = {}
     if "new-format" in given:
-        print("rbd: --new-format is deprecated, use --image-format 2", flush=True)
+        session.say("rbd: --new-format is deprecated, use --image-format 2")
     if "order" in given:
         session.say("rbd: --order is deprecated, use --object-size")
         chosen["order"] = given["order"]
@@ -184,7 +184,14 @@ def _copy(session: Session, verb: str, failed: str, method: str) -> None:
             code = check_layout(chosen)
             if code:
                 raise OSError(code, "")
-            getattr(image, method)(target, dest.image, on_progress=progress, **chosen)
+            if chosen.pop("flatten", False):
+                from librbd_py.image.copy import deep_copy
+                from librbd_py.image.directory import CreateOptions
+
+                layout = CreateOptions(**chosen)
+                deep_copy(image.handle, target.context, dest.image, layout, flatten=True, progress=progress)
+            else:
+                getattr(image, method)(target, dest.image, on_progress=progress, **chosen)
 
 
 @verb("remove", "Delete an image.", *IMAGE, "no-progress", spec=("image-spec",), alias="rm")

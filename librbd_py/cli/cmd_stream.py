@@ -6,11 +6,12 @@ import json
 import os
 import stat
 import sys
+from contextlib import ExitStack
 from typing import Any, BinaryIO
 
 from librbd_py.cli.arguments import CREATE_FORMAT, DEST, IMAGE, SOURCE_SNAP
 from librbd_py.cli.cmd_image import check_layout, creation
-from librbd_py.cli.failure import Failure, code_of
+from librbd_py.cli.failure import Failure, code_of, reason
 from librbd_py.cli.registry import verb
 from librbd_py.cli.session import Session, failing, failures
 from librbd_py.cli.usage import FEATURE_NOTES
@@ -21,6 +22,7 @@ _TO = "path-name:export file (or '-' for stdout)"
 _FROM = "path-name:import file (or '-' for stdin)"
 _SERVE = ("nbd", "vhost-user", "read-only", "queues", "name", "qmp", "pidfile")
 EDOM, EBADMSG = 33, 74
+STDIN = 0
 
 
 def _say(session: Session, error: BaseException) -> None:
@@ -201,31 +203,38 @@ def import_(session: Session) -> None:
     ioctx = session.ioctx(spec)
     progress = session.progress("Importing image")
     with failing("import failed"):
-        fd = sys.stdin.fileno() if path == "-" else _open(session, path)
         try:
-            _import(session, ioctx, spec.image, fd, path, chosen, 4096 if sparse is None else sparse, progress)
+            fd = STDIN if path == "-" else _open(session, path)
+        except IsADirectoryError:
+            progress.failed()
+            raise
+        try:
+            with open(fd, "rb", buffering=1 << 20, closefd=path != "-") as file:
+                _import(session, ioctx, spec.image, file, path, chosen, 4096 if sparse is None else sparse, progress)
         except BaseException:
             progress.failed()
             raise
-        finally:
-            if path != "-":
-                os.close(fd)
     progress.done()
 
 
 def _open(session: Session, path: str) -> int:
     try:
-        return os.open(path, os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY)
     except OSError:
         session.say(f"rbd: error opening {path}")
         raise
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        session.say("rbd: cannot import a directory")
+        raise IsADirectoryError(21, "")
+    return fd
 
 
 def _import(
     session: Session,
     ioctx: Any,
     name: str,
-    fd: int,
+    stream: BinaryIO,
     path: str,
     chosen: dict[str, Any],
     sparse: int,
@@ -237,7 +246,6 @@ def _import(
 
     head = None
     size = 0
-    stream = open(fd, "rb", buffering=1 << 20, closefd=False)  # noqa: SIM115 - the descriptor is the caller's
     source = wire.Reader(stream)
     if session.option("export-format") == 2:
         try:
@@ -248,7 +256,7 @@ def _import(
             raise
         _adopt(chosen, head)
     elif path != "-":
-        size = _file_size(session, fd)
+        size = _file_size(stream.fileno())
     try:
         code = check_layout(chosen)
         if code:
@@ -265,7 +273,7 @@ def _import(
             elif path == "-":
                 streams.import_pipe(image.handle, stream, sparse)
             else:
-                streams.import_raw(image.handle, fd, size, sparse, progress)
+                streams.import_raw(image.handle, stream.fileno(), size, sparse, progress)
     except BaseException:
         if head is not None:
             session.say("rbd: failed to import image")
@@ -280,6 +288,8 @@ def _diffs(session: Session, image: Any, source: Any, sparse: int, progress: Any
         streams.import_diffs(image.handle, source, sparse, progress, session.say)
     except failures() as error:
         _say(session, error)
+        progress.failed()
+        session.say(f"rbd: import-diff failed: {reason(error)}")
         raise
 
 
@@ -307,11 +317,8 @@ def _adopt(chosen: dict[str, Any], head: Any) -> None:
         chosen.setdefault("stripe_count", head.stripe_count)
 
 
-def _file_size(session: Session, fd: int) -> int:
-    """Also of a block device, whose stat says 0. EISDIR."""
-    if stat.S_ISDIR(os.fstat(fd).st_mode):
-        session.say("rbd: cannot import a directory")
-        raise IsADirectoryError(21, "")
+def _file_size(fd: int) -> int:
+    """Also of a block device, whose stat says 0."""
     size = os.lseek(fd, 0, os.SEEK_END)
     os.lseek(fd, 0, os.SEEK_SET)
     return size
@@ -334,31 +341,27 @@ def import_diff(session: Session) -> None:
     sparse = session.option("sparse-size")
     progress = session.progress("Importing image diff")
     with session.image(spec) as image, failing("import-diff failed"):
-        fd = sys.stdin.fileno() if path == "-" else _open(session, path)
+        fd = STDIN if path == "-" else _open(session, path)
         total = os.fstat(fd).st_size
         begun = False
-        try:
-            source = wire.Reader(open(fd, "rb", buffering=1 << 20, closefd=path != "-"))  # noqa: SIM115
+        with open(fd, "rb", buffering=1 << 20, closefd=path != "-") as file:
+            source = wire.Reader(file)
 
             def went_on() -> None:
                 nonlocal begun
                 begun = True
                 progress(min(source.position, total), total)
 
-            streams.import_diff(
-                image.handle,
-                source,
-                sparse=4096 if sparse is None else sparse,
-                progress=went_on,
-                say=lambda text: session.say(text),
-            )
-        except failures() as error:
-            _say(session, error)
-            if begun or "banner" not in str(error):
-                progress.failed()
-            if code_of(error) == EDOM:
-                raise OSError(EBADMSG, "") from None
-            raise
+            try:
+                grain = 4096 if sparse is None else sparse
+                streams.import_diff(image.handle, source, sparse=grain, progress=went_on, say=session.say)
+            except failures() as error:
+                _say(session, error)
+                if begun or "banner" not in str(error):
+                    progress.failed()
+                if code_of(error) == EDOM:
+                    raise OSError(EBADMSG, "") from None
+                raise
         progress.done()
 
 
@@ -393,26 +396,26 @@ def merge_diff(session: Session) -> None:
 
 def _merge(session: Session, first: str, second: str, path: str, progress: Any) -> None:
     from librbd_py.format.merge_diff import merge
-    from librbd_py.format.streams import BadStream, Reader
+    from librbd_py.format.streams import DIFF_V1, BadBanner, BadStream, Reader
     from librbd_py.image.streams import writer
 
-    one = sys.stdin.fileno() if first == "-" else _open(session, first)
+    one = STDIN if first == "-" else _open(session, first)
     two = _open(session, second)
-    try:
-        target = _target(path)
-        out = target.__enter__()
-    except OSError:
-        session.say(f"rbd: error create {path}")
-        raise
-    with (
-        open(one, "rb", buffering=1 << 20, closefd=first != "-") as left,
-        open(two, "rb", buffering=1 << 20) as right,
-        target,
-        _removed_on_failure(path),
-    ):
+    with ExitStack() as stack:
+        left = stack.enter_context(open(one, "rb", buffering=1 << 20, closefd=first != "-"))
+        right = stack.enter_context(open(two, "rb", buffering=1 << 20))
+        try:
+            out = stack.enter_context(_target(path))
+        except OSError:
+            session.say(f"rbd: error create {path}")
+            raise
+        stack.enter_context(_removed_on_failure(path))
         try:
             merge(Reader(left), Reader(right), writer(out.fileno()), progress)
         except BadStream as error:
+            if isinstance(error.__cause__, BadBanner):
+                found = error.__cause__.found.decode("utf-8", "surrogateescape").partition("\0")[0]
+                session.say(f"invalid banner '{found}', expected '{DIFF_V1.decode()}'")
             following = "The first TO" in str(error.strerror)
             session.say(str(error.strerror) if following else f"rbd: {error.strerror}")
             raise

@@ -195,6 +195,9 @@ def purge(session: Session) -> None:
     if threshold is None and session.option("expired-before"):
         before = datetime.fromtimestamp(moment(session.option("expired-before")), UTC).replace(tzinfo=None)
     progress = session.progress("Removing images")
+    if threshold is not None and not 0 <= threshold <= 1:
+        progress.failed()
+        raise Failure("", 22)
     try:
         rbd.RBD().trash_purge(ioctx, before, -1 if threshold is None else threshold)
     except failures() as error:

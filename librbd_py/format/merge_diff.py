@@ -62,17 +62,17 @@ class _Side:
             self.extent = Extent(now.offset + count, now.length - count, now.is_data)
 
 
+def _side(source: Reader, which: str) -> _Side:
+    try:
+        return _Side(source, which)
+    except BadStream as failure:
+        raise BadStream(failure.errno, f"failed to parse {which} diff header") from failure
+
+
 def merge(first: Reader, second: Reader, write: Callable[[bytes], object], progress: Progress) -> None:
     """The later diff wins where both have something. Extents must be in ascending order, as exports write them.
     BadStream: EINVAL when they do not follow each other, ENOTSUP for what cannot be merged."""
-    try:
-        old = _Side(first, "first")
-    except BadStream as failure:
-        raise BadStream(failure.errno, f"failed to parse first diff header: {failure.strerror}") from None
-    try:
-        new = _Side(second, "second")
-    except BadStream as failure:
-        raise BadStream(failure.errno, f"failed to parse second diff header: {failure.strerror}") from None
+    old, new = _side(first, "first"), _side(second, "second")
     if old.end != new.start:
         raise BadStream(errno.EINVAL, "The first TO snapshot must be equal with the second FROM snapshot, aborting")
     write(diff_head(1, old.start or None, new.end or None, new.size))

@@ -28,6 +28,7 @@ _IMAGE_NUMBERS = {ORDER: "order", FEATURES: "features", STRIPE_UNIT: "stripe_uni
 
 NAME_LIMIT = 4096  # bytes of a snapshot's name
 METADATA_LIMIT = 1 << 24  # bytes of a key or a value, far beyond what an OSD takes
+UNKNOWN_LIMIT = 64  # records of unknown kinds in one diff; in version 1, where they have no length, bytes
 PIECE = 4 << 20  # bytes of data handed on at once
 _U64 = struct.Struct("<Q")
 _EXTENT = struct.Struct("<QQ")
@@ -35,6 +36,14 @@ _EXTENT = struct.Struct("<QQ")
 
 class BadStream(OSError):
     """What cannot be a stream of this kind. EDOM: it ends too early; EINVAL: it is something else."""
+
+
+class BadBanner(BadStream):
+    """EINVAL: it begins otherwise. `found`: how."""
+
+    def __init__(self, found: bytes) -> None:
+        super().__init__(errno.EINVAL, "invalid or unexpected diff banner")
+        self.found = found
 
 
 class Source(Protocol):
@@ -82,8 +91,9 @@ class Reader:
 
     def banner(self, expected: bytes) -> None:
         """BadStream."""
-        if self.take(len(expected), "diff banner") != expected:
-            raise BadStream(errno.EINVAL, "invalid or unexpected diff banner")
+        found = self.take(len(expected), "diff banner")
+        if found != expected:
+            raise BadBanner(found)
 
 
 # --- writing
@@ -192,6 +202,7 @@ def read_diff(source: Reader, version: int, warn: Callable[[str], None]) -> Iter
     """The records behind the banner, up to the end. Who gets an Extent of data takes its bytes (`Reader.pieces`) before
     going on. BadStream."""
     source.banner(DIFF_V1 if version == 1 else DIFF_V2)
+    unknown = 0
     while (tag := source.take(1, "tag")) != END:
         length = source.u64("tag length") if version == 2 else 0
         if tag in (FROM_SNAP, TO_SNAP):
@@ -208,7 +219,7 @@ def read_diff(source: Reader, version: int, warn: Callable[[str], None]) -> Iter
             yield Protection(source.take(1, "snap protection status") != b"\0")
         else:
             warn(f"unrecognized tag byte {tag[0]} in stream; skipping")
-            if version == 1:
-                # without lengths nobody knows where the next record begins
-                raise BadStream(errno.EINVAL, "failed to decode tag")
+            unknown += 1
+            if unknown > UNKNOWN_LIMIT:
+                raise BadStream(errno.EDOM, "failed to decode tag")
             source.skip(length)

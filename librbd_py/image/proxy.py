@@ -61,7 +61,7 @@ def perform(
     """
     again = False
     number = handle.requests.number()
-    while handle.asks_owner and not handle.try_lock():
+    while handle.asks_owner and not _locked(handle):
         try:
             handle.requests.ask(ask, number, progress)
         except Restart:
@@ -76,6 +76,16 @@ def perform(
         handle.refresh()
         return
     local()
+
+
+def _locked(handle: ImageHandle) -> bool:
+    """EROFS, as librbd says it: somebody holds the lock who cannot be asked."""
+    try:
+        return handle.try_lock()
+    except OSError as failure:
+        if failure.errno != errno.EBUSY:
+            raise
+        raise OSError(errno.EROFS, failure.strerror) from failure
 
 
 class Requests:
