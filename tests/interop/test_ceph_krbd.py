@@ -13,6 +13,7 @@ import pytest
 from krbd_guest import KrbdGuest
 
 from librbd_py import rados, rbd
+from librbd_py.image import ownership
 from qemu_glue.accel import accelerator
 from vm_images.cache import cache_dir
 from vm_images.initramfs import initramfs
@@ -83,6 +84,26 @@ def test_the_lock_goes_to_and_fro_and_nothing_is_lost(world: World) -> None:
             assert world.guest.read(device, 6, turn * MIB) == f"turn {turn}"
         world.guest.unmap(device)
     checked(world, "shared")
+
+
+def test_it_is_asked_who_it_is_and_does_not_mind(world: World) -> None:
+    R.create(world.ioctx, "asked", 16 * MIB)
+    device = world.guest.map(world.pool, "asked")
+    world.guest.write(device, "its own", 0)
+    with rbd.Image(world.ioctx, "asked") as image:
+        for turn in range(5):
+            found = ownership.look(image.handle)
+            assert found.owner is not None and found.owner.watching is not None
+            assert found.owner.watching.answered and found.owner.answer is None
+            assert found.outcome is ownership.Outcome.ASKED
+            world.guest.write(device, f"turn {turn}", MIB)
+        steps: list[str] = []
+        taken = ownership.take(image.handle, steps.append)
+        assert taken is not None and taken.address == found.owner.address
+        assert steps[-1] == "the lock is free" and not any("fenced" in step for step in steps)
+        world.guest.write(device, "after", 2 * MIB)
+        assert image.read(2 * MIB, 5) == b"after" and image.read(MIB, 6) == b"turn 4"
+    world.guest.unmap(device)
 
 
 def test_it_writes_while_we_write(world: World) -> None:

@@ -16,7 +16,7 @@ import time
 from .client import Presence
 from .life import Identity, start_of, this_process
 
-KILL_SECONDS = 10.0  # how long a killed process may take to be gone; it may be waiting for a disk
+KILL_SECONDS = 60.0  # how long a killed process may take to be gone: it may be waiting for a disk
 NAME_SECONDS = 1.0  # how long a client that has just come may take to say who it is
 
 log = logging.getLogger(__name__)
