@@ -5,6 +5,7 @@ A vhost-user disk needs guest memory that the export may map, so memory is alway
 
 from __future__ import annotations
 
+import json
 import os
 import selectors
 import subprocess
@@ -14,14 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_glue.accel import QEMU, cpu_of
+from qemu_glue.qmp.disks import nbd_node, raw_node
 
+AGENT_PORT = "org.qemu.guest_agent.0"
 CONSOLE_LIMIT = 4 << 20  # bytes of console kept; a guest that prints more loses the oldest
 
 
 @dataclass(frozen=True)
 class Disk:
     """One disk. `kind` is "vhost-user" (path of the export's socket), "nbd" (path of the server's socket, `export`
-    its name) or "raw" (path of a file). The first disk is the boot disk unless a kernel is given."""
+    its name) or "raw" (path of a file). The first disk is the boot disk unless a kernel is given. Its device is called
+    d0, d1, ... in the order of the disks (for `qemu_glue.qmp`)."""
 
     kind: str
     path: str
@@ -34,19 +38,19 @@ class Disk:
         if self.kind == "vhost-user":
             again = f",reconnect={self.reconnect}" if self.reconnect else ""
             return [
-                "-chardev", f"socket,id=disk{number},path={comma(self.path)}{again}",
-                "-device", f"vhost-user-blk-pci,id=d{number},chardev=disk{number},num-queues={self.queues}{boot}",
+                "-chardev", f"socket,id=d{number}-chardev,path={comma(self.path)}{again}",
+                "-device", f"vhost-user-blk-pci,id=d{number},chardev=d{number}-chardev,num-queues={self.queues}{boot}",
             ]  # fmt: skip
+        blocks: list[str] = []
         if self.kind == "nbd":
-            wait = f",reconnect-delay={self.reconnect}" if self.reconnect else ""
-            node = f"driver=nbd,node-name=disk{number},server.type=unix,server.path={comma(self.path)}"
-            node += f",export={comma(self.export)},discard=unmap,cache.direct=on{wait}"
+            blocks = ["-blockdev", json.dumps(nbd_node(f"d{number}-nbd0", self.path, self.export, self.reconnect))]
+            blocks += ["-blockdev", json.dumps(raw_node(f"d{number}-node", f"d{number}-nbd0"))]
         elif self.kind == "raw":
-            node = f"driver=file,node-name=disk{number},filename={comma(self.path)}"
+            blocks = ["-blockdev", f"driver=file,node-name=d{number}-node,filename={comma(self.path)}"]
         else:
             raise ValueError(f"no disk kind {self.kind!r}")
-        device = f"virtio-blk-pci,id=d{number},drive=disk{number},num-queues={self.queues}{boot}"
-        return ["-blockdev", node, "-device", device]
+        device = f"virtio-blk-pci,id=d{number},drive=d{number}-node,num-queues={self.queues}{boot}"
+        return [*blocks, "-device", device]
 
 
 def comma(text: str) -> str:
@@ -67,8 +71,11 @@ class Guest:
         initrd: Path | None = None,
         append: str = "",
         cpus: int = 1,
+        ports: int = 0,
+        agent: Path | None = None,
         extra: Iterable[str] = (),
     ) -> None:
+        """`ports`: free root ports for disks to come. `agent`: the socket of a guest agent's port, made by QEMU."""
         command = [QEMU, "-accel", accel, "-machine", "q35,memory-backend=ram", "-cpu", cpu_of(accel)]
         command += ["-m", str(memory_mib), "-object", f"memory-backend-memfd,id=ram,size={memory_mib}M,share=on"]
         command += ["-smp", str(cpus), "-display", "none", "-nodefaults", "-no-user-config"]
@@ -81,6 +88,11 @@ class Guest:
             command += ["-initrd", str(initrd)]
         if qmp:
             command += ["-qmp", f"unix:{comma(str(qmp))},server=on,wait=off"]
+        for number in range(ports):
+            command += ["-device", f"pcie-root-port,id=port{number},chassis={number + 1}"]
+        if agent:
+            command += ["-chardev", f"socket,id=agent,path={comma(str(agent))},server=on,wait=off"]
+            command += ["-device", "virtio-serial-pci", "-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"]
         command += extra
         self.command = command
         self.console = ""  # what the guest printed so far, the newest CONSOLE_LIMIT characters

@@ -21,6 +21,7 @@ MODULES = (
     "drivers/acpi/button",
     "drivers/input/evdev",
 )
+AGENT_MODULES = (*MODULES, "drivers/char/virtio_console")
 KRBD_MODULES = (
     *MODULES,
     "net/core/failover",
@@ -47,14 +48,14 @@ def newc(entries: list[tuple[str, int, bytes]]) -> bytes:
     return bytes(out)
 
 
-def blkstamp() -> Path:
-    """The guest's verifier, compiled statically."""
-    source = GUEST / "blkstamp.c"
+def program(name: str) -> Path:
+    """A program of the guest, compiled statically."""
+    source = GUEST / f"{name}.c"
 
     def build(target: Path) -> None:
         run("gcc", "-std=gnu11", "-O2", "-static", "-pthread", "-o", target, source)
 
-    return cached(f"blkstamp-{key(source.read_bytes())}", build)
+    return cached(f"{name}-{key(source.read_bytes())}", build)
 
 
 def initramfs(kernel: Kernel) -> Path:
@@ -62,28 +63,34 @@ def initramfs(kernel: Kernel) -> Path:
     return _archive(kernel, "init", MODULES)
 
 
+def agent_initramfs(kernel: Kernel) -> Path:
+    """As `initramfs`, with a guest agent (guest/agent.c) for rbdpy.mode=twins."""
+    return _archive(kernel, "init", AGENT_MODULES, ("blkstamp", "agent"))
+
+
 def krbd_initramfs(kernel: Kernel) -> Path:
     """As `initramfs`, for a guest that maps images itself (guest/krbd)."""
     return _archive(kernel, "krbd", KRBD_MODULES)
 
 
-def _archive(kernel: Kernel, script: str, modules: tuple[str, ...]) -> Path:
-    stamp, init = blkstamp(), GUEST / script
+def _archive(kernel: Kernel, script: str, modules: tuple[str, ...], programs: tuple[str, ...] = ("blkstamp",)) -> Path:
+    compiled = {name: program(name).read_bytes() for name in programs}
+    init = GUEST / script
 
     def build(target: Path) -> None:
-        folder, program, plain = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o755, stat.S_IFREG | 0o644
+        folder, executable, plain = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o755, stat.S_IFREG | 0o644
         names = ("bin", "dev", "modules", "proc", "sys", "tmp")
         order = " ".join(Path(module).name for module in modules)
         entries: list[tuple[str, int, bytes]] = [(name, folder, b"") for name in names]
+        entries += [(f"bin/{name}", executable, content) for name, content in compiled.items()]
         entries += [
-            ("bin/blkstamp", program, stamp.read_bytes()),
-            ("bin/busybox", program, BUSYBOX.read_bytes()),
-            ("init", program, init.read_bytes()),
+            ("bin/busybox", executable, BUSYBOX.read_bytes()),
+            ("init", executable, init.read_bytes()),
             ("modules/order", plain, order.encode()),
         ]
         for module in modules:
             entries.append((f"modules/{Path(module).name}.ko", plain, (kernel.modules / f"{module}.ko").read_bytes()))
         target.write_bytes(gzip.compress(newc(entries), compresslevel=9, mtime=0))
 
-    name = key(kernel.version, stamp.read_bytes(), init.read_bytes(), BUSYBOX.read_bytes(), *modules)
+    name = key(kernel.version, *compiled.values(), init.read_bytes(), BUSYBOX.read_bytes(), *modules)
     return cached(f"initramfs-{name}.gz", build)
