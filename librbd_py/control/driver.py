@@ -26,6 +26,7 @@ from librbd_py.control.pool import Timer, control_pool
 from librbd_py.control.who import Diary
 from librbd_py.format import notify as nf
 from librbd_py.format.encoding import DecodeError
+from librbd_py.format.lock import Offer
 from librbd_py.store.api import ObjectContext, Watch
 
 NOTIFY_MS = 5000  # how long a notify waits for a silent watcher
@@ -227,14 +228,29 @@ class HeaderControl:
     def stand_by(self, key: str) -> None:
         """From now on only `take_over` acquires: the VM `key` runs elsewhere and will come here. EBUSY: this client
         owns the lock or is after it."""
-        owner = self.owner()
+        now = self.owner()
 
         def prepare() -> bool:
             return self._lock.state in (le.LockState.UNLOCKED, le.LockState.NO_WATCH) and not self._lock.wanted
 
-        self._lock_event(le.StandBy(key, owner), prepare)
-        if not self.moving:
-            raise OSError(errno.EBUSY, f"{self.header_oid}: the lock is wanted here already")
+        while True:
+            owner = now
+            self._lock_event(le.StandBy(key, owner), prepare)
+            if not self.moving:
+                raise OSError(errno.EBUSY, f"{self.header_oid}: the lock is wanted here already")
+            now = self.owner()  # what changed before the event nobody here has heard of
+            if now == owner:
+                return
+
+    def stand_down(self) -> None:
+        """After `stand_by`, or `offer` when it was taken: the VM is not here. The lock is acquired as ever from now on."""
+        self._lock_event(le.StandDown())
+
+    def offered_to(self, key: str) -> bool:
+        """Whether the owner offers the lock to the VM `key` just now."""
+        owner = self.owner()
+        offer = Offer.parse(owner.mark) if owner is not None else None
+        return offer is not None and offer.meant_for(key)
 
     def take_over(self, force: bool = False) -> None:
         """The VM runs here: takes the lock that was offered, or asks the owner that had it when `stand_by` was called.
@@ -342,8 +358,8 @@ class HeaderControl:
             case nf.AcquiredLock(client):
                 self._lock_event(le.PeerAcquired(client.gid, client.handle))
                 return b""
-            case nf.ReleasedLock():
-                self._lock_event(le.PeerReleased())
+            case nf.ReleasedLock(client):
+                self._lock_event(le.PeerReleased(client.gid))
                 return b""
             case nf.WhoAreYou():
                 return self.diary.answer(self.state, self.policy, self.standing_by).encode()

@@ -19,6 +19,7 @@ Fenced and the news that somebody acquired the lock.
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from librbd_py.control import lock_events as le
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from librbd_py.control.lock import LockMachine
 
 S = LockState
+LEAVE_ATTEMPTS, LEAVE_SECONDS = 10, 0.2  # looks at a lock that its owner has let go without a word so far
 RETRACT_ATTEMPTS = 3  # when no answer comes and reading shows that nothing happened
 
 # Between the decision to offer and its end. No acquiring but by TakeBack.
@@ -215,23 +217,41 @@ def _not_back(m: LockMachine, code: int) -> None:
 def on_stand_by(m: LockMachine, event: le.Event) -> None:
     assert isinstance(event, le.StandBy)
     m.hand.standby = event
+    m.hand.offer = m.hand.record = None  # of its stay before: it was taken, and now the VM comes home
+
+
+def on_stand_down(m: LockMachine, event: le.Event) -> None:
+    m.hand.standby = None
+    if m.state is S.UNLOCKED:
+        m.hand.offer = m.hand.record = None
+
+
+def owner_said(m: LockMachine, gid: int, left: bool) -> None:
+    """A client announced that it took the lock, or let it go (`left`). A watch that is lost hears nothing more."""
+    standby = m.hand.standby
+    if standby is not None and standby.owner is not None:
+        m.hand.standby = replace(standby, left=left and gid == standby.owner.gid)
 
 
 def on_take_over(m: LockMachine, event: le.Event) -> None:
     assert isinstance(event, le.TakeOver)
+    m.hand.attempts = 0
     if event.force:
         m.hand.standby = m.hand.offer = None
     m._on_acquire(le.Acquire())
 
 
 def judge(m: LockMachine, owner: Locker | None) -> int | Offer | None:
-    """What a host that stands by does about the lock as it is: an errno, an offer to take, None: as anybody would."""
+    """What a host that stands by does about the lock as it is: an errno (EAGAIN: look again soon), an offer to take, None:
+    as anybody would."""
     standby = m.hand.standby
     if standby is None:
         return None
     expected = standby.owner
     if owner is None:
-        return None if expected is None else errno.ESTALE
+        if expected is None or standby.left:
+            return None
+        return errno.EAGAIN if m.hand.attempts < LEAVE_ATTEMPTS else errno.ESTALE  # its last words may be on the way
     offer = Offer.parse(owner.mark)
     if offer is not None:
         return offer if offer.meant_for(standby.key) else errno.ESTALE

@@ -53,6 +53,7 @@ from librbd_py.control.lock_events import (
     Shutdown,
     Sleep,
     StandBy,
+    StandDown,
     Stopped,
     TakeBack,
     TakeOver,
@@ -320,6 +321,7 @@ class LockMachine:
 
     def _on_watch_down(self, event: Event) -> None:
         self.handle_now = None
+        handoff.owner_said(self, self.gid, left=False)  # what is said now nobody hears
         if self.state is S.WAITING:
             self._settle()
 
@@ -332,6 +334,7 @@ class LockMachine:
     def _on_peer_acquired(self, event: Event) -> None:
         assert isinstance(event, PeerAcquired)
         self._news = True
+        handoff.owner_said(self, event.gid, left=False)
         if event.gid == self.gid and event.handle == self.handle_now:
             self._news = False  # our own announcement
         elif self.state is S.LOCKED and not self._verifying:
@@ -344,7 +347,9 @@ class LockMachine:
             self._do(S.OFFER_LOOKING, Look)  # was it taken?
 
     def _on_peer_released(self, event: Event) -> None:
+        assert isinstance(event, PeerReleased)
         self._news = True
+        handoff.owner_said(self, event.gid, left=True)
         if self.state in (S.WAITING, S.ASKING):  # do not sit out a third watcher that never acks our request
             self._look()
 
@@ -394,6 +399,9 @@ class LockMachine:
         verdict = None if mine or self._seen.foreign else handoff.judge(self, owner)
         if self._seen.foreign:
             self._refuse(errno.EBUSY)
+        elif verdict == errno.EAGAIN:
+            self.hand.attempts += 1
+            self._wait(handoff.LEAVE_SECONDS)
         elif isinstance(verdict, int):
             self._refuse(verdict)
         elif verdict is not None and owner is not None:
@@ -693,6 +701,7 @@ REACTIONS: dict[type[Event], Reaction] = {
     Offer: handoff.on_offer,
     TakeBack: handoff.on_take_back,
     StandBy: handoff.on_stand_by,
+    StandDown: handoff.on_stand_down,
     TakeOver: handoff.on_take_over,
 }
 

@@ -126,7 +126,7 @@ class PeerAcquired(Event):
 
 @dataclass(frozen=True)
 class PeerReleased(Event):
-    pass
+    gid: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,17 @@ class TakeBack(Event):
 
 @dataclass(frozen=True)
 class StandBy(Event):
-    """A VM comes here whose lock `owner` has now (None: nobody)."""
+    """A VM comes here whose lock `owner` has now (None: nobody). `left`: that owner has said since that it let the lock
+    go, and nobody has said that he took it: a VM that was paused before it moved, or its program ended (NBD)."""
 
     key: str
     owner: Locker | None
+    left: bool = False
+
+
+@dataclass(frozen=True)
+class StandDown(Event):
+    """The VM does not come. The lock is taken as ever, when a write needs it."""
 
 
 @dataclass(frozen=True)

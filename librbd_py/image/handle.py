@@ -69,6 +69,7 @@ class ImageHandle:
         self._releasing = False  # guarded by _holds
         self._owner = False
         self._released_by_hand = False
+        self.on_wanted: Callable[[], None] | None = None  # a write waits while the lock moves; on the event thread
         self._parked = False  # the gate is closed for a hand-off; guarded by _state
         self._map_reported = False
         self._seen_seq = 0
@@ -331,6 +332,8 @@ class ImageHandle:
             self._refuse_waiting()
             return
         if self.control.moving:
+            if self.on_wanted is not None:
+                self.on_wanted()
             return  # the hand-off lets them go on
         self.control.request_acquire().add_done_callback(self._lock_answered)
 
@@ -387,6 +390,21 @@ class ImageHandle:
         except BaseException:
             self._unpark()
             raise
+        if not park:
+            self._unpark()
+
+    def stand_down(self) -> None:
+        """After `stand_by`, or an `offer` that was taken: the VM is not here. Requests go on, and the lock is taken as ever,
+        when a write needs it."""
+        self._moving_control().stand_down()
+        self._unpark()
+        with self._state:
+            if not self.closed:
+                self._publish()  # a write that waited has asked once, in vain: the new view makes it ask again
+
+    def lock_offered_to(self, key: str) -> bool:
+        """Whether the lock's owner offers it to the VM `key` just now."""
+        return self._moving_control().offered_to(key)
 
     def take_over(self, force: bool = False) -> None:
         """The VM runs here from now on: takes the lock and lets requests go on. ESTALE: a stranger owned it after
