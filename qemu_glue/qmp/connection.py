@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
 from qemu.qmp.events import EventListener
@@ -119,7 +119,7 @@ class Connection:
         self._watcher = asyncio.create_task(self._watch())
 
     @classmethod
-    async def open(cls, address: Address, deadline: float = CONNECT_SECONDS) -> Connection:
+    async def open(cls, address: Address, deadline: float = CONNECT_SECONDS) -> Self:
         """Connects and negotiates. MachineError: ENOENT or ECONNREFUSED when nobody listens, EBUSY when the monitor
         is taken (nothing within `deadline` seconds), EPROTO when it speaks no QMP. Nothing is left."""
         client = QMPClient(f"rbdpy-{next(_numbers)}", MAX_MESSAGE)
@@ -138,6 +138,22 @@ class Connection:
             text = cause.strerror if isinstance(cause, OSError) and cause.strerror else printable(cause)
             raise MachineError(code, f"cannot connect to the monitor {address}: {text}") from None
         return cls(client, address)
+
+    @classmethod
+    async def open_new(cls, address: Address, alive: Callable[[], bool], deadline: float) -> Self:
+        """As open(), for a monitor that is only starting. ECHILD when `alive` says that it will not."""
+        limit = asyncio.get_running_loop().time() + deadline
+        while True:
+            try:
+                return await cls.open(address)
+            except MachineError as error:
+                if error.errno not in (errno.ENOENT, errno.ECONNREFUSED):
+                    raise
+                if not alive():
+                    raise MachineError(errno.ECHILD, f"the process that should serve {address} ended") from None
+                if asyncio.get_running_loop().time() > limit:
+                    raise
+            await asyncio.sleep(0.02)
 
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, deadline: float = COMMAND_SECONDS
@@ -200,7 +216,7 @@ class Connection:
             with contextlib.suppress(Exception, asyncio.TimeoutError):
                 await asyncio.wait_for(self._client.disconnect(), CONNECT_SECONDS)
 
-    async def __aenter__(self) -> Connection:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(

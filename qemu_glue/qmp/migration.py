@@ -1,6 +1,6 @@
 """Live migration between two QEMUs, driven so that the machine runs on exactly one of them, whatever fails.
 
-The destination is started with `-S -incoming defer`: it does not run by itself. So there is one place where the
+The destination is started with `-incoming defer` and told not to run by itself. So there is one place where the
 machine changes sides: `cont` on the destination, after the source has said that it is stopped for good. Before it,
 the source is what is gone back to; after it, never. The disks' lock follows by itself: the services see QEMU stop and
 start the rings.
@@ -91,7 +91,7 @@ async def migrate(
                 await _status(events, ("completed",), SWITCH_SECONDS)
                 await _arrived(destination)
             except BaseException as error:
-                await uncancelled(_back(source, destination, events, error, running, destination_dead))
+                await uncancelled(_back(source, error, running))
                 raise  # cancelled
             info = await source.execute("query-migrate")
             if running:
@@ -114,6 +114,7 @@ async def _prepare(
     status = (await destination.execute("query-status")).get("status")
     if status != "inmigrate":
         raise MachineError(errno.EINVAL, f"the destination does not wait for a machine (it is {printable(status)})")
+    await destination.execute("stop")  # while it waits: do not run by yourself when all has come
     await _capabilities(destination, CAPABILITIES_DESTINATION, True)
     await destination.execute("migrate-incoming", {"uri": uri})
     await _capabilities(source, CAPABILITIES_SOURCE, True)
@@ -189,39 +190,34 @@ async def _over(source: Connection, destination: Connection, dead: Hook | None) 
     except CommandFailed as error:  # refused, so it does not run there
         await _resume(source, error)
     except MachineError as error:
-        await _lost(source, error, dead, True)
+        await _lost(source, error, dead)
 
 
 async def _back(
     source: Connection,
-    destination: Connection,
-    events: Listener,
     error: BaseException,
     running: bool,
-    dead: Hook | None,
 ) -> None:
     """After a failure before the destination was told to run: the source goes on. Raises MigrationFailed, nothing for
     a cancellation."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else printable(error) or "it was cancelled"
     code = error.errno if isinstance(error, OSError) and error.errno else errno.ECANCELED
-    if source.closed:
-        raise MigrationFailed(code, f"the source's QEMU ended during the migration: {text}", "neither") from error
-    try:
-        status = await _cancel(source)
-        if running:
-            state = (await source.execute("query-status")).get("status")
-            if state not in ("running", "postmigrate", "paused", "finish-migrate"):
-                raise MachineError(errno.EIO, f"the source is {printable(state)}")
-            if status == "completed" and not isinstance(error, MachineError | asyncio.CancelledError | TimeoutError):
-                raise MachineError(errno.EIO, text)
-            if state != "running":
-                await source.execute("cont")
-    except MachineError as second:
-        failure = MigrationFailed(
-            code, f"the migration failed ({text}), and the source did not go on: {second}", "neither"
-        )
-        failure.left = ["the machine, standing still on the source"]
-        raise failure from error
+    limit = time.monotonic() + CANCEL_SECONDS
+    while True:
+        if source.closed:
+            raise MigrationFailed(code, f"the source's QEMU ended during the migration: {text}", "neither") from error
+        try:
+            await _go_on(source, running)
+            break
+        except MachineError as second:
+            if time.monotonic() < limit:
+                await asyncio.sleep(0.05)
+                continue
+            failure = MigrationFailed(
+                code, f"the migration failed ({text}), and the source did not go on: {second}", "neither"
+            )
+            failure.left = ["the machine, standing still on the source"]
+            raise failure from error
     if isinstance(error, asyncio.CancelledError):
         return
     reason = str((await _info(source)).get("error-desc", ""))
@@ -239,17 +235,16 @@ async def _info(qmp: Connection) -> dict[str, Any]:
     return answer if isinstance(answer, dict) else {}
 
 
-async def _cancel(source: Connection) -> str:
-    """Ends what is going on. The status it ended with."""
+async def _go_on(source: Connection, running: bool) -> None:
+    """Ends the migration and, when it ran before, lets the source run."""
     limit = time.monotonic() + CANCEL_SECONDS
-    while True:
-        status = str((await source.execute("query-migrate")).get("status", "none"))
-        if status in (*OVER, "none"):
-            return status
+    while str((await source.execute("query-migrate")).get("status", "none")) not in (*OVER, "none"):
         if time.monotonic() > limit:
             raise Late("the migration could not be cancelled")
         await source.execute("migrate_cancel")
         await asyncio.sleep(0.02)
+    if running and (await source.execute("query-status")).get("running") is not True:
+        await source.execute("cont")
 
 
 async def _resume(source: Connection, error: MachineError) -> None:
@@ -261,7 +256,7 @@ async def _resume(source: Connection, error: MachineError) -> None:
     ) from error
 
 
-async def _lost(source: Connection, error: MachineError, dead: Hook | None, running: bool) -> None:
+async def _lost(source: Connection, error: MachineError, dead: Hook | None) -> None:
     """`cont` was sent and not answered. Only a proof that the destination is gone allows to go on here."""
     if dead is not None:
         try:

@@ -68,7 +68,6 @@ async def machine(rig: Rig, root: Disk, mode: str, **more: Any) -> AsyncIterator
     with rig.guest(root, f"rbdpy.mode={mode}", qmp=path, **more) as guest:
         await says(guest, "GUEST-UP")
         connection = await FailingConnection.open(path)
-        assert isinstance(connection, FailingConnection)
         connection.arm(-1)
         try:
             yield Machine(connection), guest
