@@ -37,6 +37,14 @@ def help_of(words: list[str]) -> str:
 
 
 def run(argv: list[str]) -> None:
+    if "run" in argv[:-1]:  # what follows are the program's own arguments
+        at = argv.index("run")
+        rest, found, overrides = split_globals(argv[:at])
+        if not rest:
+            from librbd_py.cli.cmd_run import run_program
+
+            run_program(store_of(found), overrides, argv[at + 1 :])
+            return
     arguments, found, overrides = split_globals(argv)
     if argv and argv[0] in ("--version", "-v"):
         from importlib.metadata import version

@@ -38,6 +38,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("store",), ("cmd_store", "cmd_store_copy")),
     **dict.fromkeys(("devcluster",), ("cmd_devcluster",)),
     **dict.fromkeys(("libvirt",), ("cmd_libvirt",)),
+    **dict.fromkeys(("run",), ("cmd_run",)),
 }
 
 
