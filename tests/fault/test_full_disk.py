@@ -11,7 +11,7 @@ import pytest
 from full_disk import CASES
 
 ROOT = Path(__file__).parents[2]
-DISK_BYTES = 64 << 20
+DISK_BYTES = 80 << 20
 PROGRAM = ["unshare", "-m", "--propagation", "private", sys.executable, "-m", "full_disk"]
 
 

@@ -93,7 +93,7 @@ def test_killed_into_ceph(source: str, ceph: str, capsys: pytest.CaptureFixture[
         ctx = store.open("rbd")
         assert "image" not in rbd.RBD().list(ctx)
         assert main(["store", "copy", source, ceph, "rbd/image", "--no-progress"]) == errno.EBUSY
-        address = re.search(r"by the client at (\S+), or was 30 s ago", capsys.readouterr().err)
+        address = re.search(r"by the client at (\S+), or was \d+ s ago", capsys.readouterr().err)
         assert address is not None
         store.blocklist_add(address[1], 60)  # its watch goes at once
         assert main(["store", "copy", source, ceph, "rbd/image", "--no-progress"]) == 0

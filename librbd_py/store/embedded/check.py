@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from .. import layout as native
 from ..record import MAX_OBJECT_SIZE
-from . import objects
+from . import objects, reserve
 from .check_images import ImageChecker
 from .check_leftovers import Leftovers
 from .client import GUARD, Presence, lock_file
@@ -98,7 +98,7 @@ class Checker:
     def run(self) -> None:
         self._check_description()
         for name in self._root.names():
-            if name not in ("store.json", "meta.db", "meta.db-wal", "meta.db-shm", "run", "data"):
+            if name not in ("store.json", "meta.db", "meta.db-wal", "meta.db-shm", "run", "data", reserve.NAME):
                 self.found(WARNING, name, "is no part of a store", "remove it if you know that nobody needs it")
         if not self._root.check_file("meta.db"):
             self.found(ERROR, "meta.db", "is missing: the store's images cannot be found", "restore it from a backup")

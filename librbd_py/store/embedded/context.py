@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .store import EmbeddedStore
 
 MAX_TIMEOUT = 1 << 31  # seconds of a watch
+SMALL = 1024  # bytes that an operation may write when there is little room
+ADDING = ("create", "metadata_set", "snapshot_add", "dir_add_image", "child_attach", "namespace_add")
 _PAGE = 1000  # object names read at once
 
 
@@ -103,6 +105,12 @@ class EmbeddedContext(api.ObjectContext):
         """Durable on return, except the data of images, which is durable after the next change of metadata through
         this store, a flush of the image or close()."""
         check_name(oid, self.namespace)
+        if any(map(_takes_room, ops)):
+            self.store.keep_room()
+            return self._write(oid, ops, snapc)
+        return self.store.with_room(lambda: self._write(oid, ops, snapc))
+
+    def _write(self, oid: str, ops: Sequence[Any], snapc: SnapContext) -> list[Any]:
         store = self.store
         folders: list[int] = []
         with store.writing() as c:
@@ -243,6 +251,16 @@ class EmbeddedContext(api.ObjectContext):
                 fresh = LayoutRow(0, self.pool_id, self.namespace, prefix, order, header_pool, header)
                 row = self.store.layouts.create(c, fresh)
         return row
+
+
+def _takes_room(op: Any) -> bool:
+    """Adds something that a user asked for. What else is written, to remove things too (locks, flags), is small."""
+    if isinstance(op, api.Exec):
+        return op.method in ADDING or (len(op.data) > SMALL and "remove" not in op.method)
+    if isinstance(op, api.Write | api.WriteFull | api.Append | api.WriteSame | api.SetXattr):
+        data = op.value if isinstance(op, api.SetXattr) else op.data
+        return len(data) > SMALL
+    return isinstance(op, api.OmapSet) and sum(map(len, op.values.values())) > SMALL
 
 
 class EmbeddedWatch(api.Watch):

@@ -7,6 +7,7 @@ this process queue on a mutex, writers of different processes on SQLite's own lo
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sqlite3
 import threading
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from librbd_py.errors import OutcomeUnknown
+
+log = logging.getLogger(__name__)
 
 KEEP = 8  # idle connections that stay open
 BUSY_MS = 5000  # SQLite's own waiting, per try
@@ -96,26 +99,38 @@ class Database:
                 return
         connection.close()
 
-    def reserve(self, size: int = LOG_ROOM) -> None:
+    def reserve(self, size: int = LOG_ROOM) -> bool:
         """Gives the log the disk space that it will ever need, when there is that much: on a disk that guests have
         filled, images can still be opened and removed. Zeroes behind the log's end mean nothing to SQLite. (Only the
-        log: closing a descriptor of the database itself would drop SQLite's locks.)"""
+        log: closing a descriptor of the database itself would drop SQLite's locks.) False: the disk is full."""
         with self.read() as c:
             if c.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-                return
+                return True
             c.execute("SELECT count(*) FROM sqlite_master").fetchone()  # makes the log
             try:
                 fd = os.open(self.path + "-wal", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
             except FileNotFoundError:
-                return
+                return True
             try:
                 if os.fstat(fd).st_size < size:
                     os.posix_fallocate(fd, 0, size)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EOPNOTSUPP):
                     raise
+                return error.errno not in (errno.ENOSPC, errno.EDQUOT)
             finally:
                 os.close(fd)
+        return True
+
+    def checkpoint(self) -> None:
+        """Copies the log into the database, as far as there is room, so that it is used from its start again."""
+        connection = self.take()
+        try:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        except sqlite3.Error as error:
+            log.warning("%s: its log cannot be copied: %s", self.path, error)
+        finally:
+            self.give_back(connection)
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:

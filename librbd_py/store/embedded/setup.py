@@ -10,12 +10,13 @@ import sqlite3
 import uuid
 from dataclasses import dataclass
 
+from . import reserve
 from .database import Database, primary_code
 from .folder import Folder, lock_folder
 from .schema import APPLICATION_ID, STORE_VERSION, TABLES, VERSION, statements
 from .steps import step
 
-_OURS = re.compile(r"store\.json(\..*\.new)?|meta\.db(-wal|-shm|-journal)?|run|data")
+_OURS = re.compile(r"store\.json(\..*\.new)?|meta\.db(-wal|-shm|-journal)?|reserve|run|data")
 
 
 @dataclass
@@ -34,7 +35,30 @@ class Opened:
 
 def open_store(path: str, *, create: bool) -> Opened:
     """ENOENT when there is no store and `create` is not set; ENOTEMPTY when the folder holds something else; EUCLEAN
-    for a damaged one; EPROTONOSUPPORT for one made by a newer version; EACCES, ELOOP from folder.py."""
+    for a damaged one; EPROTONOSUPPORT for one made by a newer version; EACCES, ELOOP from folder.py; ENOSPC when the
+    disk is full and so is the room that was kept for that."""
+    try:
+        return _open_store(path, create)
+    except OSError as error:
+        _make_room(path, error)
+    return _open_store(path, create)
+
+
+def _make_room(path: str, error: OSError) -> None:
+    """Raises what went wrong when there is no room to be made for it."""
+    if error.errno not in reserve.FULL:
+        raise error
+    root = Folder.open(os.path.abspath(path))
+    try:
+        if not reserve.full(root, error):
+            raise error
+        if not reserve.give_up(root):
+            raise OSError(errno.ENOSPC, f"{root.path}: the disk is full: {error.strerror}") from error
+    finally:
+        root.close()
+
+
+def _open_store(path: str, create: bool) -> Opened:
     root = Folder.open(os.path.abspath(path), create=create)
     folders = [root]
     try:
@@ -95,7 +119,8 @@ def _database(root: Folder, create: bool) -> Database:
             raise OSError(errno.EUCLEAN, f"{db.path} is not a store's database; run `rbdpy store check`")
         if version != VERSION:
             raise OSError(errno.EPROTONOSUPPORT, f"{db.path}: version {version}; this program knows {VERSION}")
-        db.reserve()
+        if not db.reserve() and reserve.give_up(root):
+            db.reserve()
     except BaseException:
         db.close()
         raise

@@ -9,15 +9,16 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 from librbd_py.format.lock import EntityAddress
 
 from .. import api
 from ..api import Client, PoolInfo, PoolStats
 from ..executor import check_name
-from . import fencing, snaps
+from . import fencing, reserve, snaps
 from .client import Presence, address_of, gid_of
 from .context import EmbeddedContext
 from .layouts import LayoutRow, Layouts
@@ -35,6 +36,8 @@ MAX_POOL_NAME = 256  # bytes
 DEFAULT_BLOCKLIST_SECONDS = 3600  # what 0 means
 WATCH_SECONDS = 30  # of silence, after which a watch ends; as Ceph's osd_client_watch_timeout
 WATCH_VARIABLE = "RBDPY_WATCH_TIMEOUT"  # another number for the watches of this process
+
+T = TypeVar("T")
 
 _stores: weakref.WeakSet[EmbeddedStore] = weakref.WeakSet()
 _abandoned: list[object] = []  # connections of a parent process: never touched, never collected
@@ -56,11 +59,10 @@ class EmbeddedStore(api.Store):
         self._registry: Registry | None = None
         self._dispatcher: Dispatcher | None = None
         try:
-            with self.db.write() as c:
-                gid = next_number(c, "gid")
+            self._presence = self.with_room(self._enter)
+            gid = self._presence.gid
             self.client = Client(gid, address_of(gid))
-            self._presence = Presence(opened.run, gid)
-            self._presence.enter()
+            reserve.keep(opened.root)
         except BaseException:
             opened.close()
             raise
@@ -71,7 +73,30 @@ class EmbeddedStore(api.Store):
             self.close()
             raise
 
+    def _enter(self) -> Presence:
+        with self.db.write() as c:
+            gid = next_number(c, "gid")
+        presence = Presence(self._opened.run, gid)
+        presence.enter()
+        return presence
+
     # --- for everybody in here
+
+    def with_room(self, call: Callable[[], T]) -> T:
+        """What must work on a full disk, too: done again with the room that was kept for it. It must change nothing
+        when it fails."""
+        try:
+            return call()
+        except OSError as error:
+            if not reserve.full(self._opened.root, error) or not reserve.give_up(self._opened.root):
+                raise
+        self.db.checkpoint()  # at once, before guests have taken it
+        return call()
+
+    def keep_room(self) -> None:
+        """ENOSPC when what is left is for removing. Asked before what adds to the metadata."""
+        if reserve.spent(self._opened.root):
+            raise OSError(errno.ENOSPC, f"{self.path}: the disk is full; what is left is kept for removing images")
 
     def check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -121,7 +146,7 @@ class EmbeddedStore(api.Store):
         self.check_usable()
         with self._lock:
             if self._registry is None:
-                self._registry = Registry(self._opened.run, self._presence)
+                self._registry = self.with_room(lambda: Registry(self._opened.run, self._presence))
             return self._registry
 
     @property
@@ -326,6 +351,8 @@ class EmbeddedStore(api.Store):
             registry.close()
         self.layouts.close()
         self._presence.leave()
+        self._opened.db.close()
+        reserve.keep_again(self._opened.root)
         self._opened.close()
         _stores.discard(self)
 
