@@ -16,12 +16,15 @@ from typing import Any
 from qemu_glue import shapes
 from qemu_glue.arguments import check
 from qemu_glue.exports import NBDServer, start_reactors, vhost_user_blk
+from qemu_glue.handoff import HandOff
 from qemu_glue.io_errors import ErrorEvents
 from qemu_glue.nodes import Node
 from qemu_glue.qmp_server import PACKAGE, VERSION
 from qemu_glue.qmp_wire import QMPError
 from qemu_glue.served import ServedExport
 from qemu_glue.state import Journal
+
+HOSTS = ("vm ", "image ", "client ")  # keys of what the host service remembers for itself
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +211,10 @@ class Service:
                 mode=checked["socket-mode"],
                 group=_group(checked["socket-group"]),
             )
-        return ServedExport(checked["id"], checked["type"], node, number, native)
+        hand_off = None
+        if checked["type"] != "nbd" and checked["writable"]:
+            hand_off = HandOff(node.handle, native, "*", self.emit, checked["id"])
+        return ServedExport(checked["id"], checked["type"], node, number, native, hand_off)
 
     async def block_export_del(self, arguments: dict[str, Any]) -> None:
         checked = check(arguments, shapes.EXPORT_DEL)
@@ -302,6 +308,8 @@ class Service:
         self._restoring = True
         try:
             for key, command in list(self._state.commands.items()):
+                if key.startswith(HOSTS):
+                    continue
                 try:
                     await handlers[command["execute"]](command["arguments"])
                 except (QMPError, OSError, KeyError) as error:

@@ -1,10 +1,12 @@
 """`rbdpyd`: serves any number of RBD images over vhost-user-blk and NBD and speaks QMP on its control socket.
 
     rbdpyd --store embedded:/var/lib/rbdpy --qmp /run/rbdpy/rbdpyd.sock [--state FILE]
+           [--host [--run DIR] [--pools POOL,...] [--user NAME] [--group NAME]]
            [--blockdev KEY=VALUE,...|JSON]... [--nbd-server KEY=VALUE,...|JSON] [--export KEY=VALUE,...|JSON]...
 
 --blockdev, --nbd-server and --export take what qemu-storage-daemon's options take. With --state the daemon remembers
-what is served; started again after a crash it serves the same on the same sockets, and QEMU reconnects.
+what is served; started again after a crash it serves the same on the same sockets, and QEMU reconnects. With --host it
+is the host service: it owns the sockets of VMs and images, and opens an image when a QEMU connects.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ from typing import Any
 
 from qemu_glue import sockets
 from qemu_glue.commands import Service
+from qemu_glue.former import Former
+from qemu_glue.host.access import qemu_user
+from qemu_glue.host.service import HostService
+from qemu_glue.libvirt.domain import RUN
 from qemu_glue.qmp_server import QMPServer
 from qemu_glue.qmp_wire import QMPError
 from qemu_glue.state import Journal
@@ -98,6 +104,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--blockdev", metavar="OPTIONS", action="append", default=[], help="as blockdev-add")
     parser.add_argument("--nbd-server", metavar="OPTIONS", action="append", default=[], help="as nbd-server-start")
     parser.add_argument("--export", metavar="OPTIONS", action="append", default=[], help="as block-export-add")
+    host = parser.add_argument_group("host service")
+    host.add_argument("--host", action="store_true", help="serve VMs: the rbd-vm-* and rbd-image-socket commands")
+    host.add_argument("--run", default=RUN, help=f"folder of the sockets [default: {RUN}]")
+    host.add_argument("--pools", default="", help="POOL,...: their images have sockets all the time, to attach them by")
+    host.add_argument("--user", help="QEMU's user [default: of libvirt's qemu.conf, or of this system's libvirt]")
+    host.add_argument("--group", help="QEMU's group, which the sockets get")
     parser.add_argument(
         "--pidfile", metavar="FILE", type=Path, help="written when everything is served, removed at the end"
     )
@@ -122,11 +134,18 @@ async def serve(options: argparse.Namespace) -> int:
 
     state = Journal(options.state) if options.state else None
     service = Service(options.store, emit, state)
+    host: HostService | None = None
+    former = Former(state)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.quit.set)
     listener: socket.socket | None = None
     try:
         handlers = service.handlers()
+        if options.host:
+            allowed = qemu_user(options.user, options.group)
+            host = HostService(options.store, emit, state, former, options.run, allowed, service.nodes)
+            handlers |= host.handlers()
+            host.restore()
         await service.restore()
         for name, texts in (
             ("blockdev-add", options.blockdev),
@@ -142,12 +161,18 @@ async def serve(options: argparse.Namespace) -> int:
             await server.listen(listener)
         if options.pidfile:
             options.pidfile.write_text(f"{os.getpid()}\n")
+        if host:
+            host.accept(tuple(pool for pool in options.pools.split(",") if pool))
         log.info("serving")
         notify_ready()
         await service.quit.wait()
         return 0
     finally:
+        if host:
+            await host.close()
         await service.close()
+        if host:
+            former.left()
         if server:
             await server.close()
         if state:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
@@ -12,29 +13,48 @@ from librbd_py.image.handle import ImageHandle
 from librbd_py.image.resize import resize
 from librbd_py.store import connect, default_url, is_ceph
 from librbd_py.store.api import Store
+from qemu_glue.former import Former
 from qemu_glue.qmp_wire import QMPError
 
 
 class Stores:
-    """Connections by store URL, shared by the nodes of a daemon and closed with the last one that uses them."""
+    """Connections by store URL, shared by the nodes of a daemon and closed with the last one that uses them. Any
+    thread."""
 
     def __init__(self) -> None:
-        self._open: dict[str, tuple[Store, int]] = {}
+        self._lock = threading.Lock()
+        self._open: dict[str, _Shared] = {}
 
     def take(self, url: str) -> Store:
-        store, users = self._open.get(url, (None, 0))
-        if store is None:
-            store = connect(url)
-        self._open[url] = (store, users + 1)
-        return store
+        """Blocks while it connects; other URLs are not kept waiting. OSError."""
+        with self._lock:
+            shared = self._open.setdefault(url, _Shared())
+            shared.users += 1
+        try:
+            with shared.connecting:
+                if shared.store is None:
+                    shared.store = connect(url)
+                return shared.store
+        except BaseException:
+            self.give_back(url)
+            raise
 
     def give_back(self, url: str) -> None:
-        store, users = self._open[url]
-        if users > 1:
-            self._open[url] = (store, users - 1)
-        else:
+        with self._lock:
+            shared = self._open[url]
+            shared.users -= 1
+            if shared.users:
+                return
             del self._open[url]
-            store.close()
+        if shared.store is not None:
+            shared.store.close()
+
+
+class _Shared:
+    def __init__(self) -> None:
+        self.connecting = threading.Lock()
+        self.store: Store | None = None
+        self.users = 0
 
 
 STORES = Stores()  # one a process: a thousand images are one client of their store
@@ -51,13 +71,14 @@ class Node:
         self.snapshot: str | None = arguments["snapshot"]
         self.read_only: bool = arguments["read-only"] or self.snapshot is not None
         self.handle = handle
-        self._url = url
+        self._url: str | None = url  # None: closed
         self._direct = bool((arguments["cache"] or {}).get("direct", False))
         self._no_flush = bool((arguments["cache"] or {}).get("no-flush", False))
 
     @classmethod
-    def open(cls, arguments: dict[str, Any], store_url: str | None) -> Node:
-        """Blocks. QMPError or OSError with the reason when the store, pool or image cannot be opened."""
+    def open(cls, arguments: dict[str, Any], store_url: str | None, former: Former | None = None) -> Node:
+        """Blocks. `former`: who this daemon was before; its locks are broken at once. QMPError or OSError with the
+        reason when the store, pool or image cannot be opened."""
         url = arguments["conf"] or store_url or default_url()
         if arguments["user"] and is_ceph(url):
             url = f"ceph:{quote(url)}" if url.startswith("/") else url
@@ -66,7 +87,10 @@ class Node:
         store = STORES.take(url)
         try:
             context = store.open(arguments["pool"], arguments["namespace"])
-            handle = ImageHandle.open(context, arguments["image"], snapshot=arguments["snapshot"], read_only=read_only)
+            dead = former.of(url, store) if former is not None else frozenset()
+            handle = ImageHandle.open(
+                context, arguments["image"], snapshot=arguments["snapshot"], read_only=read_only, former=dead
+            )
         except OSError as error:
             STORES.give_back(url)
             where = "/".join(part for part in (arguments["pool"], arguments["namespace"], arguments["image"]) if part)
@@ -98,7 +122,9 @@ class Node:
         self.handle.native.throttle(iops, bytes_per_second)
 
     def close(self) -> None:
-        """Blocks."""
+        """Blocks. Idempotent."""
+        if self._url is None:
+            return
         try:
             self.handle.close()
         except OSError as error:
@@ -107,7 +133,8 @@ class Node:
             raise
         finally:
             if self.handle.closed:
-                STORES.give_back(self._url)
+                url, self._url = self._url, None
+                STORES.give_back(url)
 
     # --- what QMP says of it
 

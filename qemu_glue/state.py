@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import os
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Journal:
         self._path = path
         self.commands: dict[str, dict[str, Any]] = {}
         self._records = 0
+        self._mutex = threading.Lock()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_APPEND, 0o600)
         try:
             self._lock()
@@ -44,20 +46,22 @@ class Journal:
             raise
 
     def remember(self, key: str, command: dict[str, Any]) -> None:
-        """Blocks until it is on the disk."""
-        self._append({"remember": key, "command": command})
-        self.commands[key] = command
+        """Blocks until it is on the disk. Any thread."""
+        with self._mutex:
+            self._append({"remember": key, "command": command})
+            self.commands[key] = command
 
     def forget(self, key: str) -> None:
-        """Blocks until it is on the disk. A key that is not there is no error."""
-        if key in self.commands:
-            self._append({"forget": key})
-            del self.commands[key]
-            if self._records > 2 * len(self.commands) + SLACK:
-                try:
-                    self._rewrite()
-                except OSError as error:  # the record is on the disk: no reason to fail the command
-                    log.warning("%s stays long: %s", self._path, error)
+        """Blocks until it is on the disk. A key that is not there is no error. Any thread."""
+        with self._mutex:
+            if key in self.commands:
+                self._append({"forget": key})
+                del self.commands[key]
+                if self._records > 2 * len(self.commands) + SLACK:
+                    try:
+                        self._rewrite()
+                    except OSError as error:  # the record is on the disk: no reason to fail the command
+                        log.warning("%s stays long: %s", self._path, error)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -39,6 +39,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("devcluster",), ("cmd_devcluster",)),
     **dict.fromkeys(("libvirt",), ("cmd_libvirt",)),
     **dict.fromkeys(("run",), ("cmd_run",)),
+    **dict.fromkeys(("host",), ("cmd_host",)),
 }
 
 

@@ -243,7 +243,8 @@ class HeaderControl:
                 return
 
     def stand_down(self) -> None:
-        """After `stand_by`, or `offer` when it was taken: the VM is not here. The lock is acquired as ever from now on."""
+        """After `stand_by`, or `offer` when it was taken: the VM is not here. The lock is acquired as ever from now
+        on."""
         self._lock_event(le.StandDown())
 
     def offered_to(self, key: str) -> bool:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 S = LockState
 LEAVE_ATTEMPTS, LEAVE_SECONDS = 10, 0.2  # looks at a lock that its owner has let go without a word so far
+ANYBODY = "*"  # the key of a VM that nobody knows: who comes next may take the offer
 RETRACT_ATTEMPTS = 3  # when no answer comes and reading shows that nothing happened
 
 # Between the decision to offer and its end. No acquiring but by TakeBack.
@@ -242,17 +243,17 @@ def on_take_over(m: LockMachine, event: le.Event) -> None:
 
 
 def judge(m: LockMachine, owner: Locker | None) -> int | Offer | None:
-    """What a host that stands by does about the lock as it is: an errno (EAGAIN: look again soon), an offer to take, None:
-    as anybody would."""
+    """What to do about the lock as it is, mostly for a host that stands by: an errno (EAGAIN: look again soon), an
+    offer to take, None: as anybody would."""
     standby = m.hand.standby
+    offer = Offer.parse(owner.mark) if owner is not None else None
     if standby is None:
-        return None
+        return offer if offer is not None and offer.key == ANYBODY else None
     expected = standby.owner
     if owner is None:
         if expected is None or standby.left:
             return None
         return errno.EAGAIN if m.hand.attempts < LEAVE_ATTEMPTS else errno.ESTALE  # its last words may be on the way
-    offer = Offer.parse(owner.mark)
     if offer is not None:
         return offer if offer.meant_for(standby.key) else errno.ESTALE
     return None if expected is None or owner.gid == expected.gid else errno.ESTALE

@@ -394,8 +394,8 @@ class ImageHandle:
             self._unpark()
 
     def stand_down(self) -> None:
-        """After `stand_by`, or an `offer` that was taken: the VM is not here. Requests go on, and the lock is taken as ever,
-        when a write needs it."""
+        """After `stand_by`, or an `offer` that was taken: the VM is not here. Requests go on, and the lock is taken as
+        ever, when a write needs it."""
         self._moving_control().stand_down()
         self._unpark()
         with self._state:

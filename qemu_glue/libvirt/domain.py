@@ -89,7 +89,7 @@ def served_disks(document: Document) -> list[ServedDisk]:
     """What <metadata> says the service has to serve. DomainXMLError: a disk twice, or one that is none."""
     disks: dict[str, ServedDisk] = {}
     for element in _entries(document):
-        disk = _checked(
+        disk = checked(
             ServedDisk(
                 target=element.getAttribute("target"),
                 transport=element.getAttribute("transport") or "vhost-user",
@@ -130,7 +130,7 @@ def convert(text: str | bytes, transport: str = "vhost-user", targets: set[str] 
             continue
         if target in known:
             raise DomainXMLError(f"disk {target} is served already")
-        disk = _checked(_from_rbd(target, transport, element))
+        disk = checked(_from_rbd(target, transport, element))
         served = _serving(document, disk, element, socket_path(uuid, target, run))
         replace(element, served)
         _remember(document, disk, element)
@@ -356,7 +356,7 @@ def _number(text: str, what: str, low: int, high: int) -> int:
     return int(text)
 
 
-def _checked(disk: ServedDisk) -> ServedDisk:
+def checked(disk: ServedDisk) -> ServedDisk:
     """Names become paths and command lines further on: here is where they are looked at."""
     if not _TARGET.match(disk.target):
         raise DomainXMLError(f"target {disk.target!r} is no disk name")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from librbd_py.devcluster import Options, scratch
 from tests.libvirt.hosts import Host, Machine
+from tests.libvirt.world import World, store_folder
 from vm_images.cache import cache_dir
 
 
@@ -24,3 +26,29 @@ def machine() -> Iterator[Machine]:
 def hosts(machine: Machine) -> tuple[Host, Host]:
     """Namespaces, network; no libvirtd yet."""
     return machine.host("alpha"), machine.host("beta")
+
+
+@pytest.fixture(scope="session")
+def shared_world(machine: Machine, hosts: tuple[Host, Host]) -> Iterator[World]:
+    store = store_folder(machine)
+    with scratch(Options(osds=2, address=machine.address)) as cluster:
+        for host in hosts:
+            host.set_up(store)
+            host.start_service()
+            host.start_libvirtd()
+        yield World(machine, *hosts, store, cluster)
+        for host in hosts:
+            host.kill_libvirtd()
+
+
+@pytest.fixture
+def world(shared_world: World) -> Iterator[World]:
+    """Both hosts in order, without domains; so they are again afterwards, or the test failed."""
+    for host in shared_world.hosts:
+        host.in_order()
+    yield shared_world
+    for host in shared_world.hosts:
+        host.in_order()
+    domains, shared_world.domains = shared_world.domains, []
+    for domain in domains:
+        shared_world.end(domain)

@@ -1,4 +1,4 @@
-"""Domains for the hosts: XML as a user has it, with disks of QEMU's own rbd driver, and as `rbdpy libvirt` converts it."""
+"""Domains for the hosts: XML with disks of QEMU's own rbd driver, and as `rbdpy libvirt convert` makes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vm_images.initramfs import initramfs
 from vm_images.kernel import kernel
 
 MIB = 1 << 20
-BOOT_SECONDS = 120.0
+BOOT_SECONDS = 60.0
 ROOT_PORTS = 6
 
 XML = """<domain type='qemu'><name>{name}</name><uuid>{uuid}</uuid>
@@ -86,6 +86,13 @@ class Domain:
             text = re.sub(r'(<rbdpy:disk [^>]*) store="ceph"', r"\1", text)
         plain.write_text(text)
         host.virsh("define", plain)
+
+    def remove(self) -> None:
+        """Its images; it must not run any more."""
+        with rados.Rados(conf={"rbdpy_store": self.store}) as cluster, cluster.open_ioctx("rbd") as ioctx:
+            for image in self.images:
+                rbd.RBD().remove(ioctx, image)
+        self.console_file.unlink(missing_ok=True)
 
     # --- what is seen of it
 

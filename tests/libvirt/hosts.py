@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ from tests.libvirt.guard import end_namespace
 
 DEADLINE = 60.0  # seconds for any one step; the machine may be busy
 LIBVIRT = ("etc/libvirt", "var/lib/libvirt", "var/log/libvirt", "var/cache/libvirt", "run/libvirt")
-MOUNTS = (*LIBVIRT, "etc/rbdpy", "run/rbdpy", "var/lib/rbdpy-host")
+MOUNTS = (*LIBVIRT, "etc/rbdpy", "etc/systemd/system", "etc/tmpfiles.d", "run/rbdpy", "var/lib/rbdpy-host")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -152,6 +154,47 @@ class Host:
         if not self._machine.capabilities.exists():
             self.virsh("domcapabilities", "--virttype", "qemu")  # asks QEMU once, for all hosts
             shutil.copytree(self.folder / "var/cache/libvirt", self._machine.capabilities)
+
+    # --- the host service
+
+    def set_up(self, store: str) -> None:
+        """What an administrator does once. Before libvirtd starts, which reads then which hooks there are."""
+        self.rbdpy("host", "setup", "--store", store)
+
+    def start_service(self) -> None:
+        """Returns when it serves."""
+        self.service = self.start(sys.executable, "-m", "librbd_py.cli.main", "host", "serve", log="service.log")
+        wait_for(lambda: self.serves() or self.service.poll() is not None, f"the service of {self.name}")
+        if self.service.poll() is not None:
+            raise HostError(self.log("service.log"))
+
+    @property
+    def qmp(self) -> Path:
+        """The service's control socket."""
+        return self.folder / "run/rbdpy/rbdpyd.sock"
+
+    def serves(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(self.qmp))
+            except OSError:
+                return False
+        return True
+
+    def kill_service(self) -> None:
+        """As a crash."""
+        self.service.kill()
+        self.service.wait()
+
+    def in_order(self) -> None:
+        """Service and libvirtd run and answer, whatever a test did to them."""
+        for process in (self.service, self.libvirtd):
+            process.send_signal(signal.SIGCONT)
+        if self.service.poll() is not None:
+            self.start_service()
+        if self.libvirtd.poll() is not None:
+            self.start_libvirtd()
+        self.virsh("list")
 
     def kill_libvirtd(self) -> None:
         """As a crash: domains run on."""

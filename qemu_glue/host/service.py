@@ -1,0 +1,513 @@
+"""The host service: which VMs this host runs or is about to run, the sockets of their disks, and who is connected.
+
+A VM is known from `rbd-vm-prepare` (libvirt's hook, or a program) until it is released and its QEMU is dead. Its
+sockets listen all that time. What QEMU opens, and when it ends, the connections tell; the verbs only make and remove
+sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from librbd_py.image.handle import ImageHandle
+from librbd_py.store import default_url
+from qemu_glue.arguments import check
+from qemu_glue.former import Former
+from qemu_glue.host import shapes
+from qemu_glue.host.access import Allowed, check_reachable
+from qemu_glue.host.attachment import Attachment
+from qemu_glue.host.endpoint import Endpoint
+from qemu_glue.host.names import image_socket
+from qemu_glue.host.peer import Peer, vms_running
+from qemu_glue.host.scanner import Scanner
+from qemu_glue.libvirt.domain import TRANSPORTS, ServedDisk, socket_path
+from qemu_glue.nodes import STORES, Node
+from qemu_glue.qmp_wire import QMPError
+from qemu_glue.sockets import SUN_PATH
+from qemu_glue.state import Journal
+
+PREPARE_SECONDS = 4.0  # the hook waits 5
+SWEEP_SECONDS = 30.0  # between looks for VMs that are gone without a word
+GRACE_SECONDS = 120.0  # from `prepare` until there must be a QEMU
+VMS_MAX = 4096
+CONNECTIONS_MAX = 8192
+
+log = logging.getLogger(__name__)
+
+Emit = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass
+class VM:
+    """States: prepared -> started -> released; a released one goes when its QEMU is dead."""
+
+    uuid: str
+    name: str
+    disks: list[ServedDisk]
+    incoming: bool
+    since: float  # time of the loop
+    state: str = "prepared"
+    endpoints: dict[str, Endpoint] = field(default_factory=dict)  # by target
+
+
+class HostService:
+    """`store_url`: for disks that name no store. `run`: folder of the sockets. The caller calls restore() first and
+    close() last; all runs on one event loop."""
+
+    connections_max = CONNECTIONS_MAX
+
+    def __init__(
+        self,
+        store_url: str | None,
+        emit: Emit,
+        journal: Journal | None,
+        former: Former,
+        run: str,
+        allowed: Allowed,
+        nodes: dict[str, Node],
+    ) -> None:
+        self.vms: dict[str, VM] = {}
+        self.images: dict[str, Endpoint] = {}  # image sockets by path
+        self._asked_for: set[str] = set()  # those that rbd-image-socket made; the others come and go with the images
+        self.attachments: dict[tuple[str, int], Attachment] = {}  # by path and pid
+        self.connections = 0
+        self.allowed = allowed
+        self.run = run
+        self.store_url = store_url or default_url()
+        self._emit = emit
+        self._journal = journal
+        self._former = former
+        self._nodes = nodes
+        self._next = 1 << 32  # native ids of exports; those of block-export-add begin at 1
+        self._names = 0
+        self._lock = asyncio.Lock()  # one verb changes VMs at a time
+        self._loop = asyncio.get_running_loop()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._accepting = False
+        self._ended = False
+
+    def handlers(self) -> dict[str, Callable[[dict[str, Any]], Coroutine[Any, Any, Any]]]:
+        return {
+            "rbd-vm-prepare": self.vm_prepare,
+            "rbd-vm-started": self.vm_started,
+            "rbd-vm-stopped": self.vm_stopped,
+            "rbd-vm-release": self.vm_release,
+            "rbd-vm-reconnect": self.vm_reconnect,
+            "rbd-vm-query": self.vm_query,
+            "rbd-image-socket": self.image_socket,
+        }
+
+    # --- verbs
+
+    async def vm_prepare(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Answers when every disk's image can be read and every socket listens where QEMU's user reaches it."""
+        said = check(arguments, shapes.PREPARE)
+        uuid, disks = shapes.uuid_in(said["uuid"]), shapes.disks_in(said["disks"])
+        paths = shapes.paths_in(said["sockets"])
+        async with self._lock:
+            if uuid not in self.vms and len(self.vms) >= VMS_MAX:
+                raise QMPError(f"{VMS_MAX} VMs are known already")
+            await self._look_at(disks)
+            for path in paths:
+                if path not in self.images:
+                    raise QMPError(f"{path} is no socket of an image that is there")
+            vm = self._listen(uuid, said["name"], disks, said["incoming"])
+            try:
+                await self._remember(vm)
+            except OSError:
+                self._drop(vm)
+                raise
+            return {"sockets": {target: endpoint.path for target, endpoint in vm.endpoints.items()}}
+
+    async def vm_started(self, arguments: dict[str, Any]) -> None:
+        vm = self.vms.get(shapes.uuid_in(check(arguments, shapes.VM)["uuid"]))
+        if vm is not None:
+            vm.state = "started"
+
+    async def vm_stopped(self, arguments: dict[str, Any]) -> None:
+        """QEMU has ended; its connections have told so already. The VM stays until `release`."""
+        vm = self.vms.get(shapes.uuid_in(check(arguments, shapes.VM)["uuid"]))
+        if vm is not None:
+            vm.state = "stopped"
+
+    async def vm_release(self, arguments: dict[str, Any]) -> None:
+        """Also called after a refused `prepare`, for a VM that may run here: a live QEMU keeps its disks."""
+        uuid = shapes.uuid_in(check(arguments, shapes.VM)["uuid"])
+        async with self._lock:
+            vm = self.vms.get(uuid)
+            if vm is not None:
+                vm.state = "released"
+                if not await self._lives(vm):
+                    await self._forget(vm)
+
+    async def vm_reconnect(self, arguments: dict[str, Any]) -> None:
+        """libvirtd came back and found the VM running. With `disks`, a VM that is not known becomes known."""
+        said = check(arguments, shapes.RECONNECT)
+        uuid = shapes.uuid_in(said["uuid"])
+        disks = shapes.disks_in(said["disks"]) if said["disks"] is not None else None
+        async with self._lock:
+            vm = self.vms.get(uuid)
+            if vm is None and disks:
+                vm = self._listen(uuid, said["name"], disks, incoming=False)
+                await self._remember(vm)
+            if vm is not None:
+                vm.state = "started"
+
+    async def vm_query(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        said = check(arguments, shapes.QUERY)
+        wanted = shapes.uuid_in(said["uuid"]) if said["uuid"] is not None else None
+        shown = [self._describe(vm) for vm in self.vms.values() if wanted in (None, vm.uuid)]
+        # Guests whose disks are images' sockets alone are known by what their QEMU says of itself.
+        strangers: dict[str, list[Attachment]] = {}
+        for attachment in self.attachments.values():
+            uuid = attachment.identity.uuid
+            if uuid not in self.vms and wanted in (None, uuid):
+                strangers.setdefault(uuid, []).append(attachment)
+        for uuid, its in strangers.items():
+            disks = [attachment.describe() for attachment in its]
+            shown.append({"uuid": uuid, "name": its[0].identity.name, "state": "unknown", "disks": disks})
+        return shown
+
+    async def image_socket(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The socket of an image of the service's own store, for a disk that is attached without a hook."""
+        said = check(arguments, shapes.IMAGE_SOCKET)
+        disk = shapes.disk_in({**said, "target": "vda"})
+        async with self._lock:
+            await self._look_at([disk])
+            endpoint = self.listen_image(disk.transport, disk.pool, disk.namespace, disk.image)
+            self._asked_for.add(endpoint.path)
+            if self._journal is not None:
+                command = {"execute": "rbd-image-socket", "arguments": arguments}
+                await asyncio.to_thread(self._journal.remember, f"image {endpoint.path}", command)
+            return {"path": endpoint.path}
+
+    # --- sockets
+
+    def listen_image(self, transport: str, pool: str, namespace: str, image: str) -> Endpoint:
+        """The image's socket, made when it is not there. OSError."""
+        longest = SUN_PATH - len(f".{os.getpid()}")  # it is bound under another name first
+        path = image_socket(self.run, transport, pool, namespace, image, longest)
+        endpoint = self.images.get(path)
+        if endpoint is None:
+            self._folder(os.path.dirname(path))
+            disk = ServedDisk("", transport, pool, image, namespace)
+            endpoint = self._endpoint(path, disk, "")
+            self.images[path] = endpoint
+        return endpoint
+
+    def drop_image(self, path: str) -> None:
+        """Who is connected stays so."""
+        self.images.pop(path).close()
+
+    def _listen(self, uuid: str, name: str, disks: list[ServedDisk], incoming: bool) -> VM:
+        """The VM with a socket for every disk; on OSError everything is as it was."""
+        old = self.vms.get(uuid)
+        vm = VM(uuid, name, disks, incoming or self._still_comes(old), self._loop.time())
+        made: list[Endpoint] = []
+        kept = dict(old.endpoints) if old else {}
+        try:
+            self._folder(f"{self.run}/{uuid}")
+            for disk in disks:
+                path = socket_path(uuid, disk.target, self.run)
+                there = kept.get(disk.target)
+                if there is not None:
+                    vm.endpoints[disk.target] = there
+                else:
+                    vm.endpoints[disk.target] = self._endpoint(path, disk, uuid)
+                    made.append(vm.endpoints[disk.target])
+                check_reachable(path, self.allowed)
+        except OSError:
+            for endpoint in made:
+                endpoint.close()
+            if old is None:
+                self._remove_folder(uuid)
+            raise
+        for disk in disks:
+            vm.endpoints[disk.target].disk = disk  # for who connects from now on
+        for target, endpoint in kept.items():
+            if target not in vm.endpoints:
+                endpoint.close()
+        self.vms[uuid] = vm
+        return vm
+
+    def _still_comes(self, vm: VM | None) -> bool:
+        """Whether `prepare` belongs to the migration that the hook announced just before."""
+        return vm is not None and vm.incoming and vm.state == "prepared"
+
+    def _endpoint(self, path: str, disk: ServedDisk, vm: str) -> Endpoint:
+        endpoint = Endpoint(path, disk, vm, self.allowed, self, self._connected)
+        if self._accepting:
+            endpoint.start()
+        return endpoint
+
+    def _folder(self, path: str) -> None:
+        """Below `run`: entered by QEMU's group, changed by nobody else."""
+        made = Path(self.run)
+        for part in Path(path).relative_to(self.run).parts:
+            made = made / part
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(made, 0o700)
+                os.chown(made, -1, self.allowed.gid)
+                os.chmod(made, 0o750)
+            if not stat.S_ISDIR(os.lstat(made).st_mode):
+                raise OSError(errno.ENOTDIR, f"{made} is no folder")
+
+    def _remove_folder(self, uuid: str) -> None:
+        with contextlib.suppress(OSError):
+            os.rmdir(f"{self.run}/{uuid}")
+
+    def _drop(self, vm: VM) -> None:
+        for endpoint in vm.endpoints.values():
+            endpoint.close()
+        self.vms.pop(vm.uuid, None)
+        self._remove_folder(vm.uuid)
+
+    # --- images
+
+    async def _look_at(self, disks: Iterable[ServedDisk]) -> None:
+        """Every image is there and can be read: a refusal now is a sentence, one when QEMU connects would make it try
+        for ever. QMPError."""
+        looks = {disk.target: asyncio.create_task(asyncio.to_thread(self._look, disk)) for disk in disks}
+        if not looks:
+            return
+        _, waiting = await asyncio.wait(looks.values(), timeout=PREPARE_SECONDS)
+        for target, task in looks.items():
+            if task in waiting:
+                task.add_done_callback(_looked_late)
+                raise QMPError(f"disk {target}: the store does not answer within {PREPARE_SECONDS:g} seconds")
+        for target, task in looks.items():
+            failure = task.exception()
+            if failure is not None:
+                for other in looks.values():
+                    other.add_done_callback(_looked_late)
+                why = failure.strerror if isinstance(failure, OSError) and failure.strerror else failure
+                raise QMPError(f"disk {target}: {why}")
+
+    def _look(self, disk: ServedDisk) -> None:
+        url = disk.store or self.store_url
+        store = STORES.take(url)
+        try:
+            context = store.open(disk.pool, disk.namespace)
+            ImageHandle.open(context, disk.image, snapshot=disk.snapshot or None, read_only=True).close()
+        except OSError as error:
+            raise OSError(error.errno, f"image {disk.spec}: {error.strerror or error}") from None
+        finally:
+            STORES.give_back(url)
+
+    # --- connections
+
+    async def _connected(self, endpoint: Endpoint, sock: socket.socket, peer: Peer) -> None:
+        """Serves one accepted socket until its attachment has ended."""
+        key = (endpoint.path, peer.pid or id(sock))
+        attachment = self.attachments.get(key)
+        for other in list(self.attachments.values()):
+            if other.state == "lingering" and other.path == endpoint.path:
+                other.stop_lingering()
+                await other.closed.wait()
+        while attachment is not None and attachment.state in ("closing", "lingering", "closed"):
+            await attachment.closed.wait()  # the same QEMU again: its requests come first
+            if self.attachments.get(key) is attachment:
+                del self.attachments[key]
+            attachment = self.attachments.get(key)
+        if self._ended:
+            return
+        if attachment is None:
+            attachment = self._attach(endpoint, peer)
+            self.attachments[key] = attachment
+        try:
+            await attachment.serve(sock)
+        except OSError as error:
+            why = "opening it takes its time" if isinstance(error, TimeoutError) else str(error.strerror or error)
+            self._refused(endpoint, attachment, why)
+            if attachment.state == "closed" and self.attachments.get(key) is attachment:
+                del self.attachments[key]
+            return
+        self._emit("RBD_DISK_CONNECTED", self._event(attachment))
+        with _watching(self._loop, peer.pidfd, attachment.close):
+            await attachment.closed.wait()
+        if self.attachments.get(key) is attachment:
+            del self.attachments[key]
+            if attachment.node is not None:
+                self._nodes.pop(attachment.node.name, None)
+            self._emit("RBD_DISK_DISCONNECTED", self._event(attachment))
+            await self._maybe_gone(attachment.vm)
+
+    def _attach(self, endpoint: Endpoint, peer: Peer) -> Attachment:
+        number, self._next = self._next, self._next + 2
+        self._names += 1
+        opening = partial(self._open, endpoint.disk, f"host{self._names}")
+        return Attachment(endpoint.disk, endpoint.path, endpoint.vm, peer, number, opening, self._emit)
+
+    def _open(self, disk: ServedDisk, name: str) -> Node:
+        """Runs in a thread."""
+        arguments = {
+            "node-name": name,
+            "pool": disk.pool,
+            "namespace": disk.namespace,
+            "image": disk.image,
+            "snapshot": disk.snapshot or None,
+            "conf": disk.store or None,
+            "user": None,
+            "read-only": disk.read_only,
+            "cache": {"direct": True},
+        }
+        node = Node.open(arguments, self.store_url, self._former)
+        self._loop.call_soon_threadsafe(self._nodes.__setitem__, name, node)
+        return node
+
+    def _refused(self, endpoint: Endpoint, attachment: Attachment, why: str) -> None:
+        log.warning("%s: process %d is not served: %s", endpoint.path, attachment.pid, why)
+        self._emit("RBD_DISK_REFUSED", {**self._event(attachment), "reason": why})
+
+    def _event(self, attachment: Attachment) -> dict[str, Any]:
+        identity = attachment.identity
+        return {
+            "uuid": identity.uuid,
+            "name": identity.name,
+            "target": attachment.disk.target,
+            "image": attachment.disk.spec,
+            "path": attachment.path,
+            "pid": attachment.pid,
+        }
+
+    # --- VMs that are gone
+
+    async def _lives(self, vm: VM) -> bool:
+        """Whether a QEMU of this VM runs here: one that is connected, or one that comes again after a restart."""
+        if any(attachment.vm == vm.uuid for attachment in self.attachments.values()):
+            return True
+        return vm.uuid in await asyncio.to_thread(vms_running)
+
+    async def _maybe_gone(self, uuid: str) -> None:
+        """After a connection's end."""
+        vm = self.vms.get(uuid)
+        if vm is not None and vm.state == "released":
+            async with self._lock:
+                if self.vms.get(uuid) is vm and vm.state == "released" and not await self._lives(vm):
+                    await self._forget(vm)
+
+    async def _sweep(self) -> None:
+        """VMs whose end nobody told of: the hook came while the service was down, or `prepare` led to nothing."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            async with self._lock:
+                running = await asyncio.to_thread(vms_running)
+                connected = {attachment.vm for attachment in self.attachments.values()}
+                for vm in list(self.vms.values()):
+                    old = self._loop.time() - vm.since > GRACE_SECONDS or vm.state == "released"
+                    if old and vm.uuid not in running and vm.uuid not in connected:
+                        log.info("VM %s (%s) is gone", vm.uuid, vm.name)
+                        await self._forget(vm)
+
+    async def _forget(self, vm: VM) -> None:
+        """Under the lock."""
+        self._drop(vm)
+        if self._journal is not None:
+            await asyncio.to_thread(self._journal.forget, f"vm {vm.uuid}")
+
+    async def _remember(self, vm: VM) -> None:
+        if self._journal is not None:
+            arguments = {"uuid": vm.uuid, "name": vm.name, "disks": [shapes.disk_out(disk) for disk in vm.disks]}
+            command = {"execute": "rbd-vm-prepare", "arguments": arguments}
+            await asyncio.to_thread(self._journal.remember, f"vm {vm.uuid}", command)
+
+    # --- start and end
+
+    def restore(self) -> None:
+        """Listens on every socket that the journal knows. Who connects waits until accept()."""
+        for key, command in list(self._journal.commands.items()) if self._journal is not None else ():
+            try:
+                if key.startswith("vm "):
+                    said = check(command["arguments"], shapes.PREPARE)
+                    self._listen(shapes.uuid_in(said["uuid"]), said["name"], shapes.disks_in(said["disks"]), False)
+                elif key.startswith("image "):
+                    said = check(command["arguments"], shapes.IMAGE_SOCKET)
+                    path = self.listen_image(said["transport"], said["pool"], said["namespace"], said["image"]).path
+                    self._asked_for.add(path)
+            except (QMPError, OSError) as error:
+                log.error("restore: %s: %s", key, error)
+
+    def accept(self, pools: tuple[str, ...] = ()) -> None:
+        """Serves who connects, from now on. `pools`: those of the service's own store whose images have sockets."""
+        self._accepting = True
+        for endpoint in [*self.images.values(), *(e for vm in self.vms.values() for e in vm.endpoints.values())]:
+            endpoint.start()
+        self._tasks.append(self._loop.create_task(self._sweep()))
+        if pools:
+            scanner = Scanner(self.store_url, pools, self.images_are)
+            self._tasks.append(self._loop.create_task(scanner.run()))
+
+    def images_are(self, names: set[tuple[str, str]]) -> None:
+        """(pool, image) of all that shall have sockets; others lose theirs, but for those that were asked for."""
+        wanted = set(self._asked_for)
+        for pool, image in sorted(names):
+            for transport in TRANSPORTS:
+                try:
+                    wanted.add(self.listen_image(transport, pool, "", image).path)
+                except OSError as error:
+                    log.warning("image %s/%s has no %s socket: %s", pool, image, transport, error)
+        for path in self.images.keys() - wanted:
+            self.drop_image(path)
+
+    async def close(self) -> None:
+        """Stops listening, drops everybody once their requests are done, closes all images. What is remembered stays,
+        so that the next daemon serves the same."""
+        self._ended = True
+        for task in self._tasks:
+            task.cancel()
+        endpoints = [*self.images.values(), *(e for vm in self.vms.values() for e in vm.endpoints.values())]
+        for endpoint in endpoints:
+            endpoint.close()
+        attachments = list(self.attachments.values())
+        for attachment in attachments:
+            attachment.stop_lingering()
+            attachment.close()
+        for attachment in attachments:
+            await attachment.closed.wait()
+
+    def _describe(self, vm: VM) -> dict[str, Any]:
+        disks = []
+        for disk in vm.disks:
+            its = [a for a in self.attachments.values() if a.vm == vm.uuid and a.disk.target == disk.target]
+            if its:
+                disks += [attachment.describe() for attachment in its]
+            else:
+                path = vm.endpoints[disk.target].path
+                shown = {"target": disk.target, "image": disk.spec, "transport": disk.transport, "path": path}
+                disks.append({**shown, "state": "waiting", "clients": 0})
+        return {"uuid": vm.uuid, "name": vm.name, "state": vm.state, "incoming": vm.incoming, "disks": disks}
+
+
+def _looked_late(task: asyncio.Task[None]) -> None:
+    """A look whose answer nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()
+
+
+@contextlib.contextmanager
+def _watching(loop: asyncio.AbstractEventLoop, pidfd: int, dead: Callable[[], None]) -> Any:
+    """Calls `dead` when the process ends. An end of the connection says the same, unless a child of it lives on."""
+    if pidfd < 0:
+        yield
+        return
+
+    def ended() -> None:
+        loop.remove_reader(pidfd)
+        dead()
+
+    loop.add_reader(pidfd, ended)
+    try:
+        yield
+    finally:
+        loop.remove_reader(pidfd)

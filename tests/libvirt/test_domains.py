@@ -1,0 +1,126 @@
+"""What a user of libvirt does with a VM whose disks the host service serves."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from tests.libvirt.hosts import HostError, wait_for
+from tests.libvirt.world import World
+
+SIDES = [
+    pytest.param("vhost-user", "embedded", id="vhost-user on a folder"),
+    pytest.param("nbd", "embedded", id="nbd on a folder"),
+    pytest.param("vhost-user", "ceph", id="vhost-user on Ceph"),
+    pytest.param("nbd", "ceph", id="nbd on Ceph"),
+]
+GONE_SECONDS = 2.0  # promised: 1; virsh and looking take a while, too
+
+
+@pytest.mark.parametrize(("transport", "store"), SIDES)
+def test_a_vm_starts_migrates_there_and_back_and_is_destroyed(world: World, transport: str, store: str) -> None:
+    domain = world.running(transport, store)
+    assert domain.holder() == "alpha"
+    for source, destination in (world.hosts, world.hosts[::-1]):
+        world.migrate(domain, source, destination)
+        world.check(domain, destination)
+    world.alpha.virsh("destroy", domain.name)
+    end = time.monotonic() + GONE_SECONDS
+    wait_for(lambda: not domain.hosts_that_watch() and domain.holder() is None, "watch and lock to go", GONE_SECONDS)
+    assert time.monotonic() < end
+
+
+def test_the_guest_verifies_its_whole_disk_after_migrations(world: World) -> None:
+    """Every block the guest wrote, last version, read back by itself, after four migrations under its load."""
+    domain = world.running(append="rbdpy.mode=load rbdpy.seconds=25 rbdpy.threads=4")
+    for source, destination in (world.hosts, world.hosts[::-1]) * 2:
+        world.migrate(domain, source, destination)
+        domain.check_console()
+    domain.wait_for_console("GUEST-CHECK ok", seconds=120)
+    assert "errors=0" in domain.console
+    domain.check_console()
+
+
+def test_shutdown_ends_the_guest_and_frees_the_image(world: World) -> None:
+    domain = world.running()
+    world.alpha.virsh("shutdown", domain.name)
+    wait_for(lambda: world.where(domain) == [], "the guest to shut down", 60)
+    wait_for(lambda: not domain.hosts_that_watch(), "the watch to go")
+    assert domain.holder() is None
+
+
+def test_save_and_restore(world: World) -> None:
+    domain = world.running()
+    saved = world.alpha.folder / "saved"
+    world.alpha.virsh("save", domain.name, saved)
+    wait_for(lambda: not domain.hosts_that_watch(), "the watch to go")
+    world.alpha.virsh("restore", saved)
+    world.check(domain, world.alpha)
+    world.alpha.virsh("managedsave", domain.name)
+    wait_for(lambda: not domain.hosts_that_watch(), "the watch to go")
+    world.alpha.virsh("start", domain.name)
+    world.check(domain, world.alpha)
+
+
+def test_reset_boots_again(world: World) -> None:
+    domain = world.running()
+    at = len(domain.console)
+    world.alpha.virsh("reset", domain.name)
+    domain.wait_for_console("GUEST-UP", at)
+    world.check(domain, world.alpha)
+
+
+def test_a_domain_survives_libvirtd(world: World) -> None:
+    domain = world.running()
+    world.alpha.kill_libvirtd()
+    domain.wait_for_progress()
+    world.alpha.start_libvirtd()
+    world.check(domain, world.alpha)
+    world.migrate(domain, world.alpha, world.beta)
+    world.check(domain, world.beta)
+
+
+@pytest.mark.parametrize("store", ["embedded", "ceph"])
+def test_a_domain_survives_the_service(world: World, store: str) -> None:
+    """kill -9, started again at once: the guest sees a pause and no error."""
+    domain = world.running("vhost-user", store)
+    for _ in range(3):
+        world.alpha.kill_service()
+        at, begin = len(domain.console), time.monotonic()
+        world.alpha.start_service()
+        wait_for(lambda at=at: "STAMP-TICK" in domain.console[at:], "the load to go on", 15)
+        assert time.monotonic() - begin < 10
+        world.check(domain, world.alpha)
+
+
+def test_without_the_service_nothing_starts_and_nothing_that_runs_is_harmed(world: World) -> None:
+    running = world.running()
+    other = world.domain("vhost-user", "embedded")
+    other.define(world.alpha)
+    world.alpha.kill_service()
+    begin = time.monotonic()
+    with pytest.raises(HostError, match="rbdpy"):
+        world.alpha.virsh("start", other.name)
+    assert time.monotonic() - begin < 8
+    world.alpha.kill_libvirtd()
+    world.alpha.start_libvirtd()  # `reconnect` of the one that runs
+    assert world.alpha.virsh("domstate", running.name).strip() == "running"
+    world.alpha.start_service()
+    world.check(running, world.alpha)
+    world.alpha.virsh("start", other.name)
+    other.wait_for_console("GUEST-UP")
+
+
+def test_a_service_that_hangs_refuses_a_start_in_time(world: World) -> None:
+    domain = world.domain("vhost-user", "embedded")
+    domain.define(world.alpha)
+    world.alpha.service.send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    with pytest.raises(HostError, match="rbdpy"):
+        world.alpha.virsh("start", domain.name)
+    assert time.monotonic() - begin < 20
+    world.alpha.service.send_signal(signal.SIGCONT)
+    world.alpha.virsh("start", domain.name)
+    domain.wait_for_console("GUEST-UP")
