@@ -41,7 +41,6 @@ class Service:
         self.emit = emit
         self.nodes: dict[str, Node] = {}
         self.exports: dict[str, ServedExport] = {}
-        self.handoffs: dict[str, HandOff] = {}  # by the id of the export that made it; one a node
         self.nbd: NBDServer | None = None
         self.quit = asyncio.Event()
         self._errors = ErrorEvents(emit, asyncio.get_running_loop())
@@ -175,48 +174,16 @@ class Service:
             node = self._node(checked["node-name"])
             if checked["writable"] and node.read_only:
                 raise QMPError(f"Block node is read-only: '{node.name}'")
-            handoff = await self._handoff(checked, node)
+            export = await asyncio.to_thread(self._start, checked, node)
+            export.follow(asyncio.get_running_loop())
             try:
-                export = await asyncio.to_thread(self._start, checked, node, handoff)
-                export.follow(asyncio.get_running_loop())
-                try:
-                    await self._remember(f"export {export.id}", "block-export-add", arguments)
-                except OSError:
-                    await export.end(hard=True)
-                    raise
-            except BaseException:
-                await self._end_handoff(checked["id"])
+                await self._remember(f"export {export.id}", "block-export-add", arguments)
+            except OSError:
+                await export.end(hard=True)
                 raise
             self.exports[export.id] = export
 
-    async def _handoff(self, checked: dict[str, Any], node: Node) -> HandOff | None:
-        """What lets the lock follow the VM of a new export. A node has one at most: of its first writable export."""
-        vhost, incoming = checked["type"] == "vhost-user-blk", checked["incoming"]
-        if not checked["writable"] or not (vhost or incoming) or not node.handle.uses_lock:
-            return None
-        if any(self.exports[name].node is node for name in self.handoffs):
-            return None
-        if not checked["vm"] or not all("!" <= c <= "~" for c in checked["vm"]):
-            raise QMPError("Parameter 'vm' must not be empty or have blanks")
-        names = {"id": checked["id"], "node-name": node.name}
-        # What is served again after a crash is no longer coming: its VM runs, here or elsewhere.
-        coming = None if self._restoring else incoming
-        handoff = HandOff(node.handle, key=checked["vm"], incoming=coming, park=vhost, emit=self.emit, names=names)
-        if coming:
-            try:
-                await handoff.stand_by()
-            except OSError:
-                handoff.close()
-                raise
-        self.handoffs[checked["id"]] = handoff
-        return handoff
-
-    async def _end_handoff(self, export_id: str) -> None:
-        handoff = self.handoffs.pop(export_id, None)
-        if handoff is not None:
-            await handoff.leave()
-
-    def _start(self, checked: dict[str, Any], node: Node, handoff: HandOff | None) -> ServedExport:
+    def _start(self, checked: dict[str, Any], node: Node) -> ServedExport:
         start_reactors()
         number, self._next_id = self._next_id, self._next_id + 1
         if checked["type"] == "nbd":
@@ -244,14 +211,10 @@ class Service:
                 mode=checked["socket-mode"],
                 group=_group(checked["socket-group"]),
             )
-<<<<<<< HEAD
         hand_off = None
         if checked["type"] != "nbd" and checked["writable"]:
             hand_off = HandOff(node.handle, native, "*", self.emit, checked["id"])
         return ServedExport(checked["id"], checked["type"], node, number, native, hand_off)
-=======
-        return ServedExport(checked["id"], checked["type"], node, number, native, handoff)
->>>>>>> 93d6ad5 (handoff: what exports see of a live migration moves the exclusive lock)
 
     async def block_export_del(self, arguments: dict[str, Any]) -> None:
         checked = check(arguments, shapes.EXPORT_DEL)
@@ -266,7 +229,6 @@ class Service:
     async def _end(self, export: ServedExport, hard: bool) -> None:
         await export.end(hard)
         del self.exports[export.id]
-        await self._end_handoff(export.id)
         await self._forget(f"export {export.id}")
         self.emit("BLOCK_EXPORT_DELETED", {"id": export.id})
 

@@ -17,53 +17,33 @@ DROP_DEADLINE = 30.0  # seconds a dropped client's requests in flight may take
 
 
 class ServedExport:
-<<<<<<< HEAD
     """`hand_off`: of a vhost-user export. Which VM it serves nobody says, so the lock is offered to whoever comes."""
 
     def __init__(
         self, export_id: str, kind: str, node: Node, number: int, native: Export, hand_off: HandOff | None = None
     ) -> None:
-=======
-    def __init__(
-        self, export_id: str, kind: str, node: Node, number: int, native: Export, handoff: HandOff | None = None
-    ) -> None:
-        """`handoff`: of the node, told what happens here."""
->>>>>>> 93d6ad5 (handoff: what exports see of a live migration moves the exclusive lock)
         self.id = export_id
         self.type = kind
         self.node = node
         self.number = number  # the native id, never used twice in a daemon's life
         self.native = native
-<<<<<<< HEAD
         self._hand_off = hand_off
-=======
-        self._handoff = handoff
->>>>>>> 93d6ad5 (handoff: what exports see of a live migration moves the exclusive lock)
         self._stopped = asyncio.Event()
         self._ending = False
 
     def follow(self, loop: asyncio.AbstractEventLoop) -> None:
         """Takes the native export's events from now on; must come before its first stop()."""
         events.follow(self.number, loop, self._happened)
-<<<<<<< HEAD
         if self._hand_off is not None:
             self._hand_off.start()
-=======
-        self._happened("lost", 0)  # whoever was quicker
->>>>>>> 93d6ad5 (handoff: what exports see of a live migration moves the exclusive lock)
 
     def _happened(self, what: str, value: int) -> None:
         if what == "stopped":
             self._stopped.set()
         elif what == "broken":
             log.warning("export %s: a client broke the protocol (queue %d)", self.id, value)
-<<<<<<< HEAD
         elif self._hand_off is not None:
             self._hand_off.happened(what, value)
-=======
-        elif self._handoff is not None:
-            self._handoff.happened(self.native, what, value)
->>>>>>> 93d6ad5 (handoff: what exports see of a live migration moves the exclusive lock)
 
     async def end(self, hard: bool) -> None:
         """Stops and frees the export. ETIMEDOUT (builtin TimeoutError) when requests in flight do not end."""
@@ -71,13 +51,8 @@ class ServedExport:
         self.native.stop(hard)
         await asyncio.wait_for(self._stopped.wait(), DROP_DEADLINE)
         events.forget(self.number)
-<<<<<<< HEAD
         if self._hand_off is not None:
             await self._hand_off.end()
-=======
-        if self._handoff is not None:
-            self._handoff.stopped(self.native)
->>>>>>> 93d6ad5 (handoff: what exports see of a live migration moves the exclusive lock)
         self.native.free()
 
     def describe(self) -> dict[str, Any]:

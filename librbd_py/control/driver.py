@@ -243,13 +243,8 @@ class HeaderControl:
                 return
 
     def stand_down(self) -> None:
-<<<<<<< HEAD
         """After `stand_by`, or `offer` when it was taken: the VM is not here. The lock is acquired as ever from now
         on."""
-=======
-        """After `stand_by`, or `offer` when it was taken: the VM is not here. From now on the lock is
-        acquired as ever."""
->>>>>>> 93d6ad5 (handoff: what exports see of a live migration moves the exclusive lock)
         self._lock_event(le.StandDown())
 
     def offered_to(self, key: str) -> bool:

@@ -243,13 +243,8 @@ def on_take_over(m: LockMachine, event: le.Event) -> None:
 
 
 def judge(m: LockMachine, owner: Locker | None) -> int | Offer | None:
-<<<<<<< HEAD
     """What to do about the lock as it is, mostly for a host that stands by: an errno (EAGAIN: look again soon), an
     offer to take, None: as anybody would."""
-=======
-    """What a host that stands by does about the lock as it is: an errno (EAGAIN: look again soon), an offer to take,
-    None: as anybody would."""
->>>>>>> 93d6ad5 (handoff: what exports see of a live migration moves the exclusive lock)
     standby = m.hand.standby
     offer = Offer.parse(owner.mark) if owner is not None else None
     if standby is None:
