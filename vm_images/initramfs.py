@@ -1,4 +1,4 @@
-"""The guest's whole userland as an initramfs: busybox, the modules for virtio-blk, `blkstamp` and the init script."""
+"""The guest's whole userland as an initramfs: busybox, modules for virtio-blk, programs of ours and the init script."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def program(name: str) -> Path:
 
 def initramfs(kernel: Kernel) -> Path:
     """gzip'ed archive; equal inputs give equal bytes."""
-    return _archive(kernel, "init", MODULES)
+    return _archive(kernel, "init", MODULES, ("blkstamp", "ledger"))
 
 
 def agent_initramfs(kernel: Kernel) -> Path:
