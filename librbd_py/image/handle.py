@@ -341,7 +341,8 @@ class ImageHandle:
         failure = answer.exception()
         if failure is not None and not (self.control is not None and self.control.moving):
             log.warning("image %s: the exclusive lock cannot be had: %s", self.id, failure)
-            control_pool().submit(self._refuse_waiting)
+            if getattr(failure, "errno", 0) != errno.ESHUTDOWN:  # else `lost` or `close` ends them with that
+                control_pool().submit(self._refuse_waiting)
 
     def _refuse_waiting(self) -> None:
         """Requests that wait for a lock nobody gives end with EROFS, as in librbd; later ones ask again."""

@@ -117,7 +117,7 @@ def test_a_slow_owner_is_never_fenced(rig: Rig, monkeypatch: pytest.MonkeyPatch)
         assert {code for _, code in report["errors"]} <= {errno.EROFS}, report  # the heir keeps it by hand
         pair.owner.ask("stop")
         assert pair.heir.ask("look", 0) == [pair.heir.owner, pair.epoch + 1, 1]
-    assert rig.blocklist() == before
+    assert set(rig.blocklist()) <= set(before)
     for pair in found:
         pair.heir.tell("turns", 1, 1)
         pair.heir.answer()
