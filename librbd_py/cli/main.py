@@ -79,8 +79,10 @@ def _session(
     if isinstance(made, Command):
         from librbd_py.cli import extra
 
-        session = Session(store_of(found), overrides=overrides)
         rest = _without(arguments, made.words, skip)
+        if made.words == ("vm", "boot") and "name" in found:  # the VM's, not the client's
+            rest += ["--name", found.pop("name")]
+        session = Session(store_of(found), overrides=overrides)
         session.take(extra.parse(made, rest, program()))
         return session
     keys = [option_of(key) for key in (*made.options, *made.more)]

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
 from qemu.qmp.events import EventListener
@@ -36,6 +36,17 @@ class Event:
     name: str
     data: dict[str, Any]
     seconds: float  # the sender's clock
+
+
+class Monitor(Protocol):
+    """What a migration needs of the far end's monitor, which may be reached in another way."""
+
+    @property
+    def closed(self) -> bool: ...
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, deadline: float = ...
+    ) -> Any: ...
 
 
 class Listener:

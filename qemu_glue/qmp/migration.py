@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qemu_glue.qmp.connection import Connection, Listener
+from qemu_glue.qmp.connection import Connection, Listener, Monitor
 from qemu_glue.qmp.errors import CommandFailed, Disconnected, Late, MachineError, printable
 from qemu_glue.qmp.steps import uncancelled
 
@@ -50,7 +50,7 @@ class MigrationFailed(MachineError):
 
 async def migrate(
     source: Connection,
-    destination: Connection,
+    destination: Monitor,
     uri: str,
     *,
     deadline: float = MIGRATE_SECONDS,
@@ -59,6 +59,7 @@ async def migrate(
     downtime: float | None = None,
     destination_dead: Hook | None = None,
     progress: Callable[[int, int], None] | None = None,
+    moved: Callable[[], object] | None = None,
 ) -> Migrated:
     """Moves the machine. `uri`: where the destination listens and the source connects ("unix:PATH", "tcp:HOST:PORT").
     `at_switchover` runs while the source stands still and may take SWITCH_SECONDS. `bandwidth`: bytes a second;
@@ -94,8 +95,7 @@ async def migrate(
                 await uncancelled(_back(source, error, running))
                 raise  # cancelled
             info = await source.execute("query-migrate")
-            if running:
-                await uncancelled(_over(source, destination, destination_dead))
+            await uncancelled(_over(source, destination, destination_dead, running, moved))
         finally:
             await _reset(source)
     ram = info.get("ram", {})
@@ -109,7 +109,7 @@ def _number(value: Any) -> float:
 
 
 async def _prepare(
-    source: Connection, destination: Connection, uri: str, bandwidth: int | None, downtime: float | None
+    source: Connection, destination: Monitor, uri: str, bandwidth: int | None, downtime: float | None
 ) -> None:
     status = (await destination.execute("query-status")).get("status")
     if status != "inmigrate":
@@ -127,7 +127,7 @@ async def _prepare(
         await source.execute("migrate-set-parameters", parameters)
 
 
-async def _capabilities(qmp: Connection, names: tuple[str, ...], on: bool) -> None:
+async def _capabilities(qmp: Monitor, names: tuple[str, ...], on: bool) -> None:
     wanted = [{"capability": name, "state": on} for name in names]
     await qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
 
@@ -142,7 +142,7 @@ async def _reset(source: Connection) -> None:
 
 async def _to_switchover(
     source: Connection,
-    destination: Connection,
+    destination: Monitor,
     events: Listener,
     limit: float,
     progress: Callable[[int, int], None] | None,
@@ -171,7 +171,7 @@ async def _status(events: Listener, wanted: tuple[str, ...], deadline: float) ->
     return status
 
 
-async def _arrived(destination: Connection) -> None:
+async def _arrived(destination: Monitor) -> None:
     """The source is done; the destination says so too, or is lost."""
     limit = time.monotonic() + SWITCH_SECONDS
     while True:
@@ -183,10 +183,19 @@ async def _arrived(destination: Connection) -> None:
         await asyncio.sleep(0.002)
 
 
-async def _over(source: Connection, destination: Connection, dead: Hook | None) -> None:
+async def _over(
+    source: Connection,
+    destination: Monitor,
+    dead: Hook | None,
+    running: bool,
+    moved: Callable[[], object] | None,
+) -> None:
     """The machine changes sides. The source still has all of it, stopped, until the destination runs."""
     try:
-        await destination.execute("cont", deadline=SWITCH_SECONDS)
+        if running:
+            await destination.execute("cont", deadline=SWITCH_SECONDS)
+        if moved:
+            moved()
     except CommandFailed as error:  # refused, so it does not run there
         await _resume(source, error)
     except MachineError as error:
