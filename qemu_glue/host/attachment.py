@@ -25,9 +25,7 @@ from qemu_glue.host.peer import Identity, Peer
 from qemu_glue.libvirt.domain import ServedDisk
 from qemu_glue.nodes import Node
 
-# QEMU's main loop stands still while it waits for a back end's first answer, so a slow opening must not keep it: its
-# connection is closed, it comes again after a second, and the opening has gone on meanwhile.
-OPEN_PATIENCE = 2.0  # seconds
+OPEN_SECONDS = 60.0  # how long a front end is kept waiting for its image
 UNUSED_SECONDS = 15.0  # an image that was opened and that nobody uses; longer than an NBD handshake may take
 LINGER_SECONDS = 3600.0  # a VM that is kept suspended where it went takes its lock when it is resumed
 LINGER_LOOK_SECONDS = 0.05
@@ -74,9 +72,9 @@ class Attachment:
     # --- the way up
 
     async def serve(self, sock: socket.socket) -> None:
-        """Takes the socket over when the image is open. TimeoutError: that takes longer than OPEN_PATIENCE; another
+        """Takes the socket over when the image is open. TimeoutError: that takes longer than OPEN_SECONDS; another
         OSError: it cannot be opened, or the attachment is closing."""
-        await asyncio.wait_for(asyncio.shield(self._opening), OPEN_PATIENCE)
+        await asyncio.wait_for(asyncio.shield(self._opening), OPEN_SECONDS)
         if self.state != "serving":
             raise OSError(errno.ESHUTDOWN, "the last connection is just being closed")
         if self._server is not None:

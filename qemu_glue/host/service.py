@@ -12,6 +12,7 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import socket
 import stat
 from collections.abc import Callable, Coroutine, Iterable
@@ -26,7 +27,7 @@ from qemu_glue.arguments import check
 from qemu_glue.former import Former
 from qemu_glue.host import shapes
 from qemu_glue.host.access import Allowed, check_reachable
-from qemu_glue.host.attachment import Attachment
+from qemu_glue.host.attachment import OPEN_SECONDS, Attachment
 from qemu_glue.host.endpoint import Endpoint
 from qemu_glue.host.names import image_socket
 from qemu_glue.host.peer import Peer, vms_running
@@ -42,6 +43,8 @@ SWEEP_SECONDS = 30.0  # between looks for VMs that are gone without a word
 GRACE_SECONDS = 120.0  # from `prepare` until there must be a QEMU
 VMS_MAX = 4096
 CONNECTIONS_MAX = 8192
+AGAIN_SECONDS = 0.5  # between attempts to open an image for a QEMU that waits
+HOPELESS = (errno.ENOENT, errno.ENOSYS, errno.EROFS, errno.EACCES, errno.EPERM)
 
 log = logging.getLogger(__name__)
 
@@ -310,28 +313,8 @@ class HostService:
     async def _connected(self, endpoint: Endpoint, sock: socket.socket, peer: Peer) -> None:
         """Serves one accepted socket until its attachment has ended."""
         key = (endpoint.path, peer.pid or id(sock))
-        attachment = self.attachments.get(key)
-        for other in list(self.attachments.values()):
-            if other.state == "lingering" and other.path == endpoint.path:
-                other.stop_lingering()
-                await other.closed.wait()
-        while attachment is not None and attachment.state in ("closing", "lingering", "closed"):
-            await attachment.closed.wait()  # the same QEMU again: its requests come first
-            if self.attachments.get(key) is attachment:
-                del self.attachments[key]
-            attachment = self.attachments.get(key)
-        if self._ended:
-            return
+        attachment = await self._served(endpoint, sock, peer, key)
         if attachment is None:
-            attachment = self._attach(endpoint, peer)
-            self.attachments[key] = attachment
-        try:
-            await attachment.serve(sock)
-        except OSError as error:
-            why = "opening it takes its time" if isinstance(error, TimeoutError) else str(error.strerror or error)
-            self._refused(endpoint, attachment, why)
-            if attachment.state == "closed" and self.attachments.get(key) is attachment:
-                del self.attachments[key]
             return
         self._emit("RBD_DISK_CONNECTED", self._event(attachment))
         with _watching(self._loop, peer.pidfd, attachment.close):
@@ -342,6 +325,45 @@ class HostService:
                 self._nodes.pop(attachment.node.name, None)
             self._emit("RBD_DISK_DISCONNECTED", self._event(attachment))
             await self._maybe_gone(attachment.vm)
+
+    async def _served(
+        self, endpoint: Endpoint, sock: socket.socket, peer: Peer, key: tuple[str, int]
+    ) -> Attachment | None:
+        """The attachment that took the socket over. While the image cannot be opened it is tried again, because QEMU
+        7.2 never comes back to a back end that closed the connection before it answered. None: it never can, or nobody
+        waits any more."""
+        end = self._loop.time() + OPEN_SECONDS
+        told = ""
+        while not self._ended:
+            await self._make_room(endpoint, key)
+            attachment = self.attachments.get(key)
+            if attachment is None:
+                attachment = self.attachments[key] = self._attach(endpoint, peer)
+            try:
+                await attachment.serve(sock)
+                return attachment
+            except OSError as error:
+                if self.attachments.get(key) is attachment and attachment.state == "closed":
+                    del self.attachments[key]
+                why = "opening it takes its time" if isinstance(error, TimeoutError) else str(error.strerror or error)
+                if why != told:
+                    told = why
+                    self._refused(endpoint, attachment, why)
+                if error.errno in HOPELESS or self._loop.time() > end or _hung_up(sock):
+                    return None
+            await asyncio.sleep(AGAIN_SECONDS)
+        return None
+
+    async def _make_room(self, endpoint: Endpoint, key: tuple[str, int]) -> None:
+        """Requests of this QEMU's last connection end first; an offer that nobody took is withdrawn, its VM is back."""
+        for other in list(self.attachments.values()):
+            if other.state == "lingering" and other.path == endpoint.path:
+                other.stop_lingering()
+                await other.closed.wait()
+        while (old := self.attachments.get(key)) is not None and old.state in ("closing", "closed"):
+            await old.closed.wait()
+            if self.attachments.get(key) is old:
+                del self.attachments[key]
 
     def _attach(self, endpoint: Endpoint, peer: Peer) -> Attachment:
         number, self._next = self._next, self._next + 2
@@ -487,6 +509,12 @@ class HostService:
                 shown = {"target": disk.target, "image": disk.spec, "transport": disk.transport, "path": path}
                 disks.append({**shown, "state": "waiting", "clients": 0})
         return {"uuid": vm.uuid, "name": vm.name, "state": vm.state, "incoming": vm.incoming, "disks": disks}
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _looked_late(task: asyncio.Task[None]) -> None:

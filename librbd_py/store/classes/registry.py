@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ class Method:
 
 
 _methods: dict[tuple[str, str], Method] = {}
+_loading = threading.Lock()
+_complete = threading.Event()
 _FILES = (
     "cls_lock",
     "rbd_header",
@@ -49,9 +52,11 @@ def method(cls: str, name: str, *, writes: bool) -> Callable[[Body], Body]:
 
 def find(cls: str, name: str) -> Method:
     """EOPNOTSUPP for a class or a method that is not there."""
-    if not _methods:
-        for module in _FILES:
-            importlib.import_module(f"librbd_py.store.classes.{module}")
+    if not _complete.is_set():
+        with _loading:  # two threads at once: neither may look into half a table
+            for module in _FILES:
+                importlib.import_module(f"librbd_py.store.classes.{module}")
+            _complete.set()
     try:
         return _methods[cls, name]
     except KeyError:
