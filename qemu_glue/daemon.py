@@ -21,6 +21,7 @@ import resource
 import signal
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from qemu_glue.qmp_wire import QMPError
 from qemu_glue.state import Journal
 
 log = logging.getLogger("rbdpyd")
+
+THREADS = 64  # that open and close images at once: a hundred VMs come at the same time after a restart
+LOCK_PATIENCE = 5.0  # seconds that a predecessor may take to be gone
 
 
 def parse_option(text: str) -> dict[str, Any]:
@@ -132,7 +136,7 @@ async def serve(options: argparse.Namespace) -> int:
         if server:
             server.emit(name, data)
 
-    state = Journal(options.state) if options.state else None
+    state = Journal(options.state, LOCK_PATIENCE if options.host else 0.0) if options.state else None
     service = Service(options.store, emit, state)
     host: HostService | None = None
     former = Former(state)
@@ -142,10 +146,13 @@ async def serve(options: argparse.Namespace) -> int:
     try:
         handlers = service.handlers()
         if options.host:
+            loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="rbdpyd"))
             allowed = qemu_user(options.user, options.group)
             host = HostService(options.store, emit, state, former, options.run, allowed, service.nodes)
             handlers |= host.handlers()
+            # First of all: QEMU tries once a second, and its whole machine waits for a back end that accepted it.
             host.restore()
+            host.accept(tuple(pool for pool in options.pools.split(",") if pool))
         await service.restore()
         for name, texts in (
             ("blockdev-add", options.blockdev),
@@ -161,8 +168,6 @@ async def serve(options: argparse.Namespace) -> int:
             await server.listen(listener)
         if options.pidfile:
             options.pidfile.write_text(f"{os.getpid()}\n")
-        if host:
-            host.accept(tuple(pool for pool in options.pools.split(",") if pool))
         log.info("serving")
         notify_ready()
         await service.quit.wait()

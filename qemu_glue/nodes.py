@@ -24,6 +24,7 @@ class Stores:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[str, _Shared] = {}
+        self._refused: list[_Shared] = []  # still in use
 
     def take(self, url: str) -> Store:
         """Blocks while it connects; other URLs are not kept waiting. OSError."""
@@ -36,16 +37,31 @@ class Stores:
                     shared.store = connect(url)
                 return shared.store
         except BaseException:
-            self.give_back(url)
+            self._leave(url, shared)
             raise
 
-    def give_back(self, url: str) -> None:
+    def shut_out(self, store: Store) -> None:
+        """The store refuses this connection for ever (ESHUTDOWN): who comes next gets another."""
         with self._lock:
-            shared = self._open[url]
+            for url in [url for url, shared in self._open.items() if shared.store is store]:
+                self._refused.append(self._open.pop(url))
+
+    def give_back(self, url: str, store: Store) -> None:
+        with self._lock:
+            shared = self._open.get(url)
+            if shared is None or shared.store is not store:
+                shared = next(refused for refused in self._refused if refused.store is store)
+        self._leave(url, shared)
+
+    def _leave(self, url: str, shared: _Shared) -> None:
+        with self._lock:
             shared.users -= 1
             if shared.users:
                 return
-            del self._open[url]
+            if self._open.get(url) is shared:
+                del self._open[url]
+            elif shared in self._refused:
+                self._refused.remove(shared)
         if shared.store is not None:
             shared.store.close()
 
@@ -63,7 +79,7 @@ STORES = Stores()  # one a process: a thousand images are one client of their st
 class Node:
     """One open image. Made by open(); close() gives up its lock, watch and store connection."""
 
-    def __init__(self, arguments: dict[str, Any], url: str, handle: ImageHandle) -> None:
+    def __init__(self, arguments: dict[str, Any], url: str, store: Store, handle: ImageHandle) -> None:
         self.name: str = arguments["node-name"]
         self.pool: str = arguments["pool"]
         self.namespace: str = arguments["namespace"]
@@ -72,6 +88,7 @@ class Node:
         self.read_only: bool = arguments["read-only"] or self.snapshot is not None
         self.handle = handle
         self._url: str | None = url  # None: closed
+        self._store = store
         self._direct = bool((arguments["cache"] or {}).get("direct", False))
         self._no_flush = bool((arguments["cache"] or {}).get("no-flush", False))
 
@@ -92,10 +109,12 @@ class Node:
                 context, arguments["image"], snapshot=arguments["snapshot"], read_only=read_only, former=dead
             )
         except OSError as error:
-            STORES.give_back(url)
+            if error.errno == errno.ESHUTDOWN:
+                STORES.shut_out(store)
+            STORES.give_back(url, store)
             where = "/".join(part for part in (arguments["pool"], arguments["namespace"], arguments["image"]) if part)
             raise OSError(error.errno, f"error opening image {where}: {error.strerror or error}") from None
-        return cls(arguments, url, handle)
+        return cls(arguments, url, store, handle)
 
     @property
     def native(self) -> Any:
@@ -134,7 +153,7 @@ class Node:
         finally:
             if self.handle.closed:
                 url, self._url = self._url, None
-                STORES.give_back(url)
+                STORES.give_back(url, self._store)
 
     # --- what QMP says of it
 

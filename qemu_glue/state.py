@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import threading
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,18 @@ from qemu_glue.qmp_wire import QMPError
 log = logging.getLogger(__name__)
 
 SLACK = 256  # useless records that are not worth a rewrite
+LOCK_LOOK = 0.02  # seconds between looks at a journal that another process has
 SIZE_MAX = 64 << 20  # bytes; what is larger was not written by a daemon
 
 
 class Journal:
     """`commands`: key -> the command remembered under it, oldest first. One process at a time (EBUSY as QMPError)."""
 
-    def __init__(self, path: Path) -> None:
-        """Opens or makes the file. QMPError for a file that is not a journal, or is damaged before its end; OSError."""
+    def __init__(self, path: Path, patience: float = 0.0) -> None:
+        """Opens or makes the file. QMPError for a file that is not a journal, or is damaged before its end; OSError.
+        `patience`: seconds to wait for a process that is just ending to let go of it."""
         self._path = path
+        self._patience = patience
         self.commands: dict[str, dict[str, Any]] = {}
         self._records = 0
         self._mutex = threading.Lock()
@@ -67,10 +71,15 @@ class Journal:
         os.close(self._fd)
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise QMPError(f"{self._path} is in use by another rbdpyd") from None
+        end = time.monotonic() + self._patience
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise QMPError(f"{self._path} is in use by another rbdpyd") from None
+            time.sleep(LOCK_LOOK)
 
     def _load(self) -> None:
         if os.fstat(self._fd).st_size > SIZE_MAX:

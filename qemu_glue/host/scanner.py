@@ -7,10 +7,12 @@ by `rbd-image-socket`.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable
 
 from librbd_py.image.cls import list_images
+from librbd_py.store.api import Store
 from qemu_glue.nodes import STORES
 
 SECONDS = 1.0
@@ -31,32 +33,39 @@ class Scanner:
     async def run(self) -> None:
         known: set[tuple[str, str]] | None = None
         told = ""
-        while True:
-            pause = SECONDS
-            try:
-                names = await asyncio.to_thread(self._look)
-                told = ""
-                if names != known:
-                    if len(names) > IMAGES_MAX:
-                        log.warning("%d images: the first %d have sockets", len(names), IMAGES_MAX)
-                    self._found(set(sorted(names)[:IMAGES_MAX]))
-                    known = names
-            except OSError as error:  # the store is away: what there is stays
-                pause = SECONDS_AFTER_FAILURE
-                if str(error) != told:
-                    told = str(error)
-                    log.warning("the images of pools %s cannot be listed: %s", ", ".join(self._pools), error)
-            await asyncio.sleep(pause)
-
-    def _look(self) -> set[tuple[str, str]]:
-        names = set()
-        store = STORES.take(self._url)
+        store: Store | None = None
         try:
-            for pool in self._pools:
+            while True:
+                pause = SECONDS
                 try:
-                    names |= {(pool, name) for name in list_images(store.open(pool))}
-                except FileNotFoundError:
-                    continue  # not made yet
+                    if store is None:
+                        store = await asyncio.to_thread(STORES.take, self._url)
+                    names = await asyncio.to_thread(self._look, store)
+                    told = ""
+                    if names != known:
+                        if len(names) > IMAGES_MAX:
+                            log.warning("%d images: the first %d have sockets", len(names), IMAGES_MAX)
+                        self._found(set(sorted(names)[:IMAGES_MAX]))
+                        known = names
+                except OSError as error:  # the store is away: what there is stays
+                    pause = SECONDS_AFTER_FAILURE
+                    if str(error) != told:
+                        told = str(error)
+                        log.warning("the images of pools %s cannot be listed: %s", ", ".join(self._pools), error)
+                    if store is not None and error.errno == errno.ESHUTDOWN:
+                        STORES.shut_out(store)
+                        STORES.give_back(self._url, store)
+                        store = None
+                await asyncio.sleep(pause)
         finally:
-            STORES.give_back(self._url)
+            if store is not None:
+                STORES.give_back(self._url, store)
+
+    def _look(self, store: Store) -> set[tuple[str, str]]:
+        names = set()
+        for pool in self._pools:
+            try:
+                names |= {(pool, name) for name in list_images(store.open(pool))}
+            except FileNotFoundError:
+                continue  # not made yet
         return names

@@ -97,6 +97,7 @@ class HostService:
         self._lock = asyncio.Lock()  # one verb changes VMs at a time
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
+        self._ends: set[asyncio.Task[None]] = set()
         self._accepting = False
         self._ended = False
 
@@ -304,9 +305,11 @@ class HostService:
             context = store.open(disk.pool, disk.namespace)
             ImageHandle.open(context, disk.image, snapshot=disk.snapshot or None, read_only=True).close()
         except OSError as error:
+            if error.errno == errno.ESHUTDOWN:
+                STORES.shut_out(store)
             raise OSError(error.errno, f"image {disk.spec}: {error.strerror or error}") from None
         finally:
-            STORES.give_back(url)
+            STORES.give_back(url, store)
 
     # --- connections
 
@@ -319,12 +322,16 @@ class HostService:
         self._emit("RBD_DISK_CONNECTED", self._event(attachment))
         with _watching(self._loop, peer.pidfd, attachment.close):
             await attachment.closed.wait()
+
+    async def _until_closed(self, key: tuple[str, int], attachment: Attachment) -> None:
+        """Whatever ended it, also an opening that nobody waited for."""
+        await attachment.closed.wait()
         if self.attachments.get(key) is attachment:
             del self.attachments[key]
-            if attachment.node is not None:
-                self._nodes.pop(attachment.node.name, None)
+        if attachment.node is not None:
+            self._nodes.pop(attachment.node.name, None)
             self._emit("RBD_DISK_DISCONNECTED", self._event(attachment))
-            await self._maybe_gone(attachment.vm)
+        await self._maybe_gone(attachment.vm)
 
     async def _served(
         self, endpoint: Endpoint, sock: socket.socket, peer: Peer, key: tuple[str, int]
@@ -339,6 +346,9 @@ class HostService:
             attachment = self.attachments.get(key)
             if attachment is None:
                 attachment = self.attachments[key] = self._attach(endpoint, peer)
+                task = self._loop.create_task(self._until_closed(key, attachment))
+                self._ends.add(task)
+                task.add_done_callback(self._ends.discard)
             try:
                 await attachment.serve(sock)
                 return attachment
@@ -497,6 +507,8 @@ class HostService:
             attachment.close()
         for attachment in attachments:
             await attachment.closed.wait()
+        if self._ends:
+            await asyncio.wait(self._ends)
 
     def _describe(self, vm: VM) -> dict[str, Any]:
         disks = []
