@@ -259,11 +259,7 @@ class Player:
 
     def stand_still(self) -> None:
         """SIGSTOP, and waits until every thread does."""
-        os.kill(self.pid, signal.SIGSTOP)
-        end = time.monotonic() + DEADLINE
-        while any(_state(task) not in "Tt" for task in Path(f"/proc/{self.pid}/task").iterdir()):
-            assert time.monotonic() < end
-            time.sleep(0.001)
+        stand_still(self.pid)
 
     def go_on(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
@@ -278,6 +274,14 @@ class Player:
             self.kill()
         self.process.stdin.close()
         self.process.stdout.close()
+
+
+def stand_still(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    end = time.monotonic() + DEADLINE
+    while any(_state(task) not in "Tt" for task in Path(f"/proc/{pid}/task").iterdir()):
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def _state(task: Path) -> str:
