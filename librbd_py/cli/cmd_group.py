@@ -132,9 +132,11 @@ def image_remove(session: Session) -> None:
     group, ioctx = _group(session, spec), session.ioctx(image)
     with failing("remove image error"):
         if image_id:
-            with session.image(image, read_only=True, image_id=image_id) as found:
-                image = image._replace(image=found.get_name())
-        group.remove_image(ioctx, image.image)
+            from librbd_py.image.group import remove_image_by_id
+
+            remove_image_by_id(group.ctx, spec.image, ioctx.context.pool_id, image_id)
+        else:
+            group.remove_image(ioctx, image.image)
 
 
 @verb(
@@ -228,7 +230,7 @@ def snap_list(session: Session) -> None:
     group = _group(session, spec)
     snaps = []
     with failing("listing group snapshots failed"), _missing_is_empty():
-        snaps = [(snap["name"], "incomplete" if snap["state"] else "ok") for snap in group.list_snaps()]
+        snaps = [(snap["name"], "ok" if snap["state"] else "incomplete") for snap in group.list_snaps()]
     if not session.plain:
         rows = [Section("group_snap", {"snapshot": name, "state": state}) for name, state in snaps]
         session.show(Rows("group_snaps", rows))

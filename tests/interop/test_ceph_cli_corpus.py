@@ -57,6 +57,7 @@ _ALIKE = (
     (r"\n+", "\n"),
     (r"(\r[A-Z][A-Za-z ]*: \d+% complete\.\.\.)+(?=\r)", ""),
     (r"\r([A-Z][A-Za-z ]*): \d+% complete\.\.\.failed", r"\r\1: failed"),
+    (r"\.group\.\d+_[0-9a-f]+_[0-9a-f]+ *", ".group.ID "),
     (r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b", "UUID"),
     (r"\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d \d{4}", "TIME"),
     (r"client\.\d+ *", "client.N "),  # in tables they make columns wider
@@ -147,7 +148,7 @@ def _left(run: Run, pool: str, namespaces: list[str], folder: Path) -> dict[str,
                 found[f"{image} {' '.join(what)}"] = run([*what, image])
             copy = folder / "left"
             assert run(["export", "--no-progress", "--export-format", "2", image, str(copy)]).code == 0
-            found[f"{image} content"] = re.sub(rb"[0-9a-f]{8}-[0-9a-f-]{27}", b"UUID", copy.read_bytes())
+            found[f"{image} content"] = re.sub(rb"[0-9a-f]{8}-[0-9a-f-]{27}|\.group\.\w+", b"NAME", copy.read_bytes())
             copy.unlink()
     return {key.replace(pool, "POOL"): value for key, value in found.items()}
 
