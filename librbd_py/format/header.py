@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from .encoding import NEVER, DecodeError, Decoder, Encoder, Time
 
@@ -249,24 +251,30 @@ class Snap:
     @classmethod
     def decode(cls, data: bytes) -> Snap:
         """Also the layouts before Nautilus, which carry features and a whole parent record."""
-        source = Decoder(data)
-        compat = source.peek_u8(1)
-        with source.struct(8, "snapshot") as version:
-            snap_id, name, size = source.u64(), source.string(), source.u64()
-            overlap: int | None = None
-            if compat < 8:
-                source.u64()
-                if version >= 2:
-                    parent = Parent.decode_from(source)
-                    overlap = parent.head_overlap if parent.exists else None
-            protection = source.u8() if version >= 3 else PROTECTION_UNPROTECTED
-            flags = source.u64() if version >= 4 else 0
-            namespace = decode_namespace(source) if version >= 5 else USER
-            timestamp = source.time() if version >= 6 else NEVER
-            children = source.u32() if version >= 7 else 0
-            if version >= 8:
-                overlap = source.optional(Decoder.u64)
-            return cls(snap_id, name, size, protection, flags, namespace, timestamp, children, overlap)
+        return _decode_snap(bytes(data))
+
+
+@lru_cache(maxsize=8192)
+def _decode_snap(data: bytes) -> Snap:
+    """Remembered: an image with many snapshots reads the same ones with every refresh."""
+    source = Decoder(data)
+    compat = source.peek_u8(1)
+    with source.struct(8, "snapshot") as version:
+        snap_id, name, size = source.u64(), source.string(), source.u64()
+        overlap: int | None = None
+        if compat < 8:
+            source.u64()
+            if version >= 2:
+                parent = Parent.decode_from(source)
+                overlap = parent.head_overlap if parent.exists else None
+        protection = source.u8() if version >= 3 else PROTECTION_UNPROTECTED
+        flags = source.u64() if version >= 4 else 0
+        namespace = decode_namespace(source) if version >= 5 else USER
+        timestamp = source.time() if version >= 6 else NEVER
+        children = source.u32() if version >= 7 else 0
+        if version >= 8:
+            overlap = source.optional(Decoder.u64)
+        return Snap(snap_id, name, size, protection, flags, namespace, timestamp, children, overlap)
 
 
 @dataclass(frozen=True)
@@ -306,13 +314,16 @@ class SnapContextReply:
     ids: tuple[int, ...]
 
     def encode(self) -> bytes:
-        return Encoder().u64(self.seq).list(self.ids, Encoder.u64).done()
+        return struct.pack(f"<QI{len(self.ids)}Q", self.seq, len(self.ids), *self.ids)
 
     @classmethod
     def decode(cls, data: bytes) -> SnapContextReply:
         source = Decoder(data)
-        seq = source.u64()
-        ids = tuple(source.list(Decoder.u64, 8))
+        seq, count = source.u64(), source.u32()
+        rest = source.rest()
+        if len(rest) < 8 * count:
+            raise DecodeError("snap context: the list is longer than the data")
+        ids = struct.unpack_from(f"<{count}Q", rest)
         if any(b >= a for a, b in itertools.pairwise(ids)) or (ids and ids[0] > seq):
             raise DecodeError("snap context is not newest first")
         return cls(seq, ids)

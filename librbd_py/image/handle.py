@@ -25,7 +25,7 @@ from librbd_py.format import header as fh
 from librbd_py.format import notify as nf
 from librbd_py.format.header import ParentImageSpec
 from librbd_py.native import check, lib
-from librbd_py.store.api import NOSNAP, ObjectContext
+from librbd_py.store.api import NOSNAP, ObjectContext, Version
 
 from . import cls, object_map
 from .datapath import NativeImage, NativeMap
@@ -140,7 +140,7 @@ class ImageHandle:
             raise OSError(self._lost.errno, self._lost.strerror)
         control = self.control
         if control is not None and (control.header_seq != self._seen_seq or self._map_broke()):
-            self.refresh()
+            self._follow()
         return self._header
 
     def _map_broke(self) -> bool:
@@ -180,6 +180,15 @@ class ImageHandle:
             self._publish(header)
             self._seen_seq = seq
             return header
+
+    def _follow(self) -> None:
+        """After an update was announced, our own too: reads the header again if it changed since it was read."""
+        with self._state:
+            seq = self.control.header_seq if self.control is not None else 0
+            if not self.closed and self.ctx.read(self.oid, [Version()])[0] != self._header.version:
+                self.refresh()
+            else:
+                self._seen_seq = seq
 
     def _publish(self, header: Header | None = None) -> None:
         """Publishes the view that follows from the header, a new one if given. Under `_state`. The data path comes
@@ -526,7 +535,7 @@ class ImageHandle:
 
     def header_updated(self) -> None:
         try:
-            self.refresh()
+            self._follow()
         except OSError as failure:
             log.warning("image %s: the header cannot be read: %s", self.id, failure)
             return

@@ -45,6 +45,7 @@ class Header:
     snaps: Mapping[int, Snapshot]  # by id, ascending
     parent: ParentImageSpec  # a null spec when there is none
     parent_overlap: int | None  # of HEAD; None: HEAD needs no parent
+    version: int = 0  # of the header object when the reading began
 
     def has(self, feature: int) -> bool:
         return bool(self.features & feature)
@@ -93,7 +94,8 @@ def load(ctx: ObjectContext, image_id: str, *, read_only: bool) -> Header:
             if not unit or not 0 < count < 1 << 32 or (1 << base.order) % unit:
                 raise OSError(errno.EINVAL, f"image {image_id}: impossible striping, {count} units of {unit} bytes")
         try:
-            snaps = cls.read_snapshots(ctx, oid, base.snapc.ids)
+            missing = [snap_id for snap_id in base.snapc.ids if snap_id not in base.snaps]
+            more = {snap.id: snap for snap in cls.read_snapshots(ctx, oid, missing)}
         except OSError as failure:
             if failure.errno != errno.ENOENT:
                 raise
@@ -111,9 +113,10 @@ def load(ctx: ObjectContext, image_id: str, *, read_only: bool) -> Header:
             op_features=op_features,
             flags=base.flags,
             snapc=base.snapc,
-            snaps={snap.id: snap for snap in sorted(snaps, key=lambda row: row.id)},
+            snaps={number: more.get(number) or base.snaps[number] for number in sorted(base.snapc.ids)},
             parent=base.parent,
             parent_overlap=base.parent_overlap,
+            version=base.version,
         )
     raise OSError(errno.EAGAIN, f"image {image_id}: its snapshots change faster than they can be read")
 

@@ -11,7 +11,7 @@ from typing import Any
 from librbd_py.format import features as ft
 from librbd_py.format import header as fh
 from librbd_py.format import lock as fl
-from librbd_py.format.encoding import DecodeError, Decoder
+from librbd_py.format.encoding import Decoder
 from librbd_py.store.api import GetXattrs, ObjectContext, OmapGetVals
 from librbd_py.store.rados import RadosStore
 
@@ -43,7 +43,7 @@ class ImageRows:
 
 
 def overview(ctx: ObjectContext, images: Iterable[tuple[str, str]]) -> Iterator[ImageRows]:
-    """Of (name, id) in their order. An image without a header has ENOENT, a damaged one EBADMSG or EINVAL."""
+    """Of (name, id) in their order. An image without a header has ENOENT, a damaged one EIO or EINVAL."""
     parents = _Parents(ctx)
     if not isinstance(ctx.store, RadosStore):
         yield from (_image(ctx, name, image_id, parents) for name, image_id in images)
@@ -56,8 +56,6 @@ def _image(ctx: ObjectContext, name: str, image_id: str, parents: _Parents) -> I
     found = ImageRows(name)
     try:
         found.rows = _rows(ctx, name, image_id, parents)
-    except DecodeError as failure:
-        found.error = OSError(errno.EBADMSG, str(failure))
     except OSError as failure:
         found.error = failure
     return found
