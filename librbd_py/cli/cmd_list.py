@@ -17,17 +17,17 @@ from librbd_py.cli.session import Session, Spec, failing, failures
 
 @verb("list", "List rbd images.", "long", *POOL, *FORMAT, spec=("pool-spec",), alias="ls")
 def list_images(session: Session) -> None:
-    from librbd_py.image.directory import list_images as images_of
+    from librbd_py.image.cls import all_images
 
     spec = session.pool_spec()
     session.layout()
     try:
-        ioctx = session.ioctx(spec)
+        ctx = session.context(spec)
     except Failure as error:
         session.say(str(error))
         raise Failure(f"rbd: listing images failed: {reason(error.code)}", error.code) from None
     with failing("listing images failed"):
-        found = images_of(ioctx.context)
+        found = all_images(ctx)
     if not session.option("long"):
         if session.plain:
             sys.stdout.write("".join(f"{name}\n" for name, _ in found))
@@ -38,7 +38,7 @@ def list_images(session: Session) -> None:
 
     rows: list[dict[str, Any]] = []
     with failing("listing images failed"):
-        for image in overview(ioctx.context, found):
+        for image in overview(ctx, found):
             if image.error is None:
                 rows += image.rows
             else:

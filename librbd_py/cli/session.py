@@ -14,6 +14,7 @@ from librbd_py.cli.output import Progress, Rows, Section, structured
 
 if TYPE_CHECKING:
     from librbd_py import rados
+    from librbd_py.store.api import ObjectContext, Store
 
 __all__ = ["Failure", "Session", "Spec", "code_of", "failing", "failures", "parse_spec", "reason"]
 
@@ -54,6 +55,10 @@ def failures() -> tuple[type[BaseException], ...]:
     return (errors.rbd.Error, errors.rados.Error, OSError)
 
 
+def _no_cluster(error: BaseException) -> Failure:
+    return Failure(f"rbd: couldn't connect to the cluster!\n{error}", code_of(error))
+
+
 class Session:
     """One run of the command. The connection is made at first use and closed at the end."""
 
@@ -72,6 +77,7 @@ class Session:
         self.overrides = overrides or {}
         self.at = 0  # the positional argument that comes next
         self._cluster: rados.Rados | None = None
+        self._light: Store | None = None
 
     @property
     def cluster(self) -> rados.Rados:
@@ -84,8 +90,7 @@ class Session:
                 self._cluster.connect()
             except failures() as error:
                 self._cluster = None
-                text = f"rbd: couldn't connect to the cluster!\n{error}"
-                raise Failure(text, code_of(error)) from None
+                raise _no_cluster(error) from None
         return self._cluster
 
     def take(self, options: Any) -> None:
@@ -100,6 +105,9 @@ class Session:
         if self._cluster is not None:
             self._cluster.shutdown()
             self._cluster = None
+        if self._light is not None:
+            self._light.close()
+            self._light = None
 
     # --- what the words mean
 
@@ -208,28 +216,59 @@ class Session:
         try:
             ioctx = self.cluster.open_ioctx(pool)
         except failures() as error:
-            if code_of(error) == 2 and pool == DEFAULT_POOL:
-                text = (
-                    f"rbd: error opening default pool '{pool}'\n"
-                    "Ensure that the default pool has been created or specify an alternate pool name."
-                )
-                raise Failure(text, 2) from None
-            raise Failure(f"rbd: error opening pool '{pool}': {reason(error)}", code_of(error)) from None
+            raise self._no_pool(pool, error) from None
         if spec.namespace and namespace:
-            if not self._namespace_exists(ioctx, spec.namespace):
-                raise Failure(f"rbd: namespace '{spec.namespace}' does not exist.", 2)
+            self._require_namespace(ioctx.context, spec.namespace)
             ioctx.set_namespace(spec.namespace)
         return ioctx
 
-    def _namespace_exists(self, ioctx: rados.Ioctx, namespace: str) -> bool:
-        from librbd_py import rbd
+    def _no_pool(self, pool: str, error: BaseException) -> Failure:
+        if code_of(error) == 2 and pool == (self.overrides.get("rbd_default_pool") or DEFAULT_POOL):
+            return Failure(
+                f"rbd: error opening default pool '{pool}'\n"
+                "Ensure that the default pool has been created or specify an alternate pool name.",
+                2,
+            )
+        return Failure(f"rbd: error opening pool '{pool}': {reason(error)}", code_of(error))
+
+    def _require_namespace(self, ctx: ObjectContext, namespace: str) -> None:
+        from librbd_py.image import cls
 
         try:
-            return rbd.RBD().namespace_exists(ioctx, namespace)
-        except rbd.PermissionError:
-            return True  # a user confined to a namespace may not ask which there are
-        except failures() as error:
+            if namespace in cls.list_namespaces(ctx):
+                return
+        except PermissionError:
+            return  # a user confined to a namespace may not ask which there are
+        except OSError as error:
             raise Failure(f"rbd: error asserting namespace: {reason(error)}", code_of(error)) from None
+        raise Failure(f"rbd: namespace '{namespace}' does not exist.", 2)
+
+    def context(self, spec: Spec) -> ObjectContext:
+        """What `ioctx` is made of, without loading what programs see of a cluster: for commands that only list."""
+        from librbd_py import store as stores
+
+        pool = self.pool_name(spec)
+        try:
+            if self._light is None:
+                self._light = stores.connect(self._url())
+            ctx = self._light.open(pool)
+        except OSError as error:
+            raise self._no_pool(pool, error) if self._light else _no_cluster(error) from None
+        if not spec.namespace:
+            return ctx
+        self._require_namespace(ctx, spec.namespace)
+        return self._light.open(pool, spec.namespace)
+
+    def _url(self) -> str | None:
+        from librbd_py import store as stores
+
+        url = self.store or stores.default_url()
+        if not self.overrides or not stores.is_ceph(url):
+            return self.store
+        from urllib.parse import quote
+
+        said = "&".join(f"{name}={quote(value, safe='/:,')}" for name, value in self.overrides.items())
+        return url + ("&" if "?" in url else "?") + said
 
     @contextmanager
     def image(self, spec: Spec, *, read_only: bool = False, snap: bool = False, image_id: str = "") -> Iterator[Any]:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from librbd_py.format import header as fh
 from librbd_py.format import names
 from librbd_py.format.encoding import Decoder, Encoder, Time
-from librbd_py.format.trash import TrashImageSpec
+from librbd_py.format.trash import SOURCE_REMOVING, TrashImageSpec
 from librbd_py.store.api import NOSNAP, Create, Exec, ObjectContext, OmapGetByKeys, OmapGetVals, SnapContext, Version
 
 T = TypeVar("T")
@@ -300,6 +300,17 @@ def pages(ctx: ObjectContext, oid: str, method: str, read: Callable[[Decoder], d
 def list_images(ctx: ObjectContext) -> dict[str, str]:
     """name -> id, sorted by name."""
     return pages(ctx, names.DIRECTORY, "dir_list", lambda answer: answer.map(Decoder.string, Decoder.string, 8))
+
+
+def all_images(ctx: ObjectContext) -> list[tuple[str, str]]:
+    """(name, id): those of the directory by name, then those whose removal began and has not ended."""
+    named = list_images(ctx)
+    ids = set(named.values())
+    rest = trash_list(ctx).items()
+    return [
+        *named.items(),
+        *((spec.name, key) for key, spec in rest if spec.source == SOURCE_REMOVING and key not in ids),
+    ]
 
 
 def list_namespaces(ctx: ObjectContext) -> list[str]:

@@ -210,13 +210,7 @@ def _in_directory(ctx: ObjectContext, image_id: str) -> bool:
 
 def list_images(ctx: ObjectContext) -> list[tuple[str, str]]:
     """(name, id): those of the directory by name, then those whose removal began and has not ended."""
-    named = cls.list_images(ctx)
-    ids = set(named.values())
-    rest = cls.trash_list(ctx).items()
-    return [
-        *named.items(),
-        *((spec.name, key) for key, spec in rest if spec.source == ftr.SOURCE_REMOVING and key not in ids),
-    ]
+    return cls.all_images(ctx)
 
 
 def removals(ctx: ObjectContext) -> dict[str, ftr.TrashImageSpec]:
