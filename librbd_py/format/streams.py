@@ -116,7 +116,7 @@ def diff_head(version: int, from_snap: str | None, to_snap: str | None, size: in
     if to_snap is not None:
         out += record(TO_SNAP, _named(to_snap.encode()), version)
         if version == 2:
-            out += record(PROTECTED, bytes([protected]), version)
+            out += record(PROTECTED, bytes([protected]), version, data=7)  # librbd calls this byte 8 bytes long
     return out + record(SIZE, _U64.pack(size), version)
 
 

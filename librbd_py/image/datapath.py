@@ -316,7 +316,7 @@ class NativeImage:
         """Fills a writable buffer."""
         self._io(READ, offset, memoryview(buffer).nbytes, buffer, what="read")
 
-    def write(self, offset: int, data: bytes, *, fua: bool = False) -> None:
+    def write(self, offset: int, data: bytes | bytearray, *, fua: bool = False) -> None:
         self._io(WRITE, offset, len(data), data, FUA if fua else 0, "write")
 
     def discard(self, offset: int, length: int, *, exact: bool = False) -> None:

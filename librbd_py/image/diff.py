@@ -17,6 +17,7 @@ from librbd_py.store.api import NOSNAP, SnapSet
 from .content import read_view
 from .datapath import NativeImage
 from .handle import ImageHandle
+from .layout import Extent
 from .map_check import snapset_of, version_at
 from .resize import known_states
 from .snapshots import find
@@ -144,7 +145,7 @@ def _rows(
     maps = _maps(handle, start_id, end_id)
     cache: dict[int, Extents] = {}
     pending: tuple[int, int, bool] | None = None
-    for piece in layout.map(offset, length):
+    for piece in _pieces(handle, offset, length, maps, bool(start_id), view.parent is not None):
         if piece.objno not in cache:
             if layout.stripe_count == 1:
                 cache.clear()
@@ -163,6 +164,46 @@ def _rows(
                 pending = row
     if pending is not None:
         yield pending
+
+
+def _pieces(
+    handle: ImageHandle, offset: int, length: int, maps: list[bytearray] | None, from_snapshot: bool, clone: bool
+) -> Iterator[Extent]:
+    """Of the objects in the range that the maps do not call unchanged, in image order; striped: of all."""
+    layout = handle.header.layout
+    if maps is None or layout.stripe_count > 1:
+        yield from layout.map(offset, length)
+        return
+    size, end = layout.object_size, offset + length
+    suspects = _suspects(maps, -(-end // size), from_snapshot, clone)
+    objno = suspects.find(1, offset // size)
+    while objno >= 0:
+        first, last = max(objno * size, offset), min((objno + 1) * size, end)
+        yield Extent(objno, first - objno * size, last - first, first - offset)
+        objno = suspects.find(1, objno + 1)
+
+
+_EXISTS = bytes(state != NONEXISTENT for state in range(256))
+_CHANGED = bytes(state not in (NONEXISTENT, EXISTS_CLEAN) for state in range(256))
+
+
+def _suspects(maps: list[bytearray], count: int, from_snapshot: bool, clone: bool) -> bytes | bytearray:
+    """A byte for each of `count` objects, 0 where `_map_says` False. Works on whole maps at a time: an image of a
+    tebibyte has 262,144 objects, most of them unchanged."""
+    if not from_snapshot and clone:
+        return b"\1" * count
+
+    def bits(states: bytearray, table: bytes) -> int:
+        return int.from_bytes(states[:count].ljust(count, b"\0").translate(table), "little")
+
+    if not from_snapshot:
+        return maps[-1][:count].ljust(count, b"\0").translate(_EXISTS)
+    changed, before = 0, bits(maps[0], _EXISTS)
+    for states in maps[1:]:
+        now = bits(states, _EXISTS)
+        changed |= bits(states, _CHANGED) | (now ^ before)
+        before = now
+    return changed.to_bytes(count, "little")
 
 
 def _object(

@@ -236,7 +236,10 @@ class EmbeddedContext(api.ObjectContext):
                 released.set()
                 layout.release()
 
-        return NativeData(layout.handle, True, close, layout.own, layout.disown)
+        def head(segment: int) -> int:
+            return store.layouts.open_head(row, segment)
+
+        return NativeData(layout.handle, True, close, layout.own, layout.disown, head)
 
     def _register(self, prefix: str, order: int) -> LayoutRow:
         """For data objects without `rbd.create`: a pool that is being restored, or no image at all (tests)."""
