@@ -174,7 +174,17 @@ class Service:
             node = self._node(checked["node-name"])
             if checked["writable"] and node.read_only:
                 raise QMPError(f"Block node is read-only: '{node.name}'")
+            if not checked["vm"] or not all("!" <= c <= "~" for c in checked["vm"]):
+                raise QMPError("Parameter 'vm' must be printable ASCII without blanks")
             export = await asyncio.to_thread(self._start, checked, node)
+            try:
+                # What is served again after a crash is no longer coming: its VM runs, here or elsewhere.
+                if checked["incoming"] and export.hand_off is not None and not self._restoring:
+                    await export.hand_off.stand_by()
+            except OSError:
+                export.follow(asyncio.get_running_loop())
+                await export.end(hard=True)
+                raise
             export.follow(asyncio.get_running_loop())
             try:
                 await self._remember(f"export {export.id}", "block-export-add", arguments)
@@ -212,8 +222,9 @@ class Service:
                 group=_group(checked["socket-group"]),
             )
         hand_off = None
-        if checked["type"] != "nbd" and checked["writable"]:
-            hand_off = HandOff(node.handle, native, "*", self.emit, checked["id"])
+        taken = any(export.node is node and export.hand_off is not None for export in self.exports.values())
+        if checked["type"] != "nbd" and checked["writable"] and not taken:
+            hand_off = HandOff(node.handle, native, checked["vm"], self.emit, checked["id"], incoming=None)
         return ServedExport(checked["id"], checked["type"], node, number, native, hand_off)
 
     async def block_export_del(self, arguments: dict[str, Any]) -> None:

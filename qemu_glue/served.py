@@ -17,7 +17,7 @@ DROP_DEADLINE = 30.0  # seconds a dropped client's requests in flight may take
 
 
 class ServedExport:
-    """`hand_off`: of a vhost-user export. Which VM it serves nobody says, so the lock is offered to whoever comes."""
+    """`hand_off`: of the first writable vhost-user export of a node."""
 
     def __init__(
         self, export_id: str, kind: str, node: Node, number: int, native: Export, hand_off: HandOff | None = None
@@ -27,23 +27,24 @@ class ServedExport:
         self.node = node
         self.number = number  # the native id, never used twice in a daemon's life
         self.native = native
-        self._hand_off = hand_off
+        self.hand_off = hand_off
         self._stopped = asyncio.Event()
         self._ending = False
 
     def follow(self, loop: asyncio.AbstractEventLoop) -> None:
         """Takes the native export's events from now on; must come before its first stop()."""
         events.follow(self.number, loop, self._happened)
-        if self._hand_off is not None:
-            self._hand_off.start()
+        if self.hand_off is not None:
+            self.hand_off.start()
+            self.hand_off.happened("lost", 0)  # whoever was quicker
 
     def _happened(self, what: str, value: int) -> None:
         if what == "stopped":
             self._stopped.set()
         elif what == "broken":
             log.warning("export %s: a client broke the protocol (queue %d)", self.id, value)
-        elif self._hand_off is not None:
-            self._hand_off.happened(what, value)
+        elif self.hand_off is not None:
+            self.hand_off.happened(what, value)
 
     async def end(self, hard: bool) -> None:
         """Stops and frees the export. ETIMEDOUT (builtin TimeoutError) when requests in flight do not end."""
@@ -51,8 +52,8 @@ class ServedExport:
         self.native.stop(hard)
         await asyncio.wait_for(self._stopped.wait(), DROP_DEADLINE)
         events.forget(self.number)
-        if self._hand_off is not None:
-            await self._hand_off.end()
+        if self.hand_off is not None:
+            await self.hand_off.end(stays=True)
         self.native.free()
 
     def describe(self) -> dict[str, Any]:

@@ -35,6 +35,10 @@ EXPORT_COMMON = {
     "writethrough": Field(bool, default=False),
     "iothread": Field(str),  # accepted: queues are spread over the reactors anyway
     "fixed-iothread": Field(bool, default=False),
+    # beyond QEMU: which VM the disk is of, the same on both hosts of a migration ("uuid:..."), and whether it comes
+    # here from another host, so that a stranger's lock meanwhile is refused
+    "vm": Field(str, default="*", max_length=256),
+    "incoming": Field(bool),
 }
 EXPORT_VHOST_USER_BLK = {
     **EXPORT_COMMON,

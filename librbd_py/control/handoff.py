@@ -199,7 +199,13 @@ def retract_looked(m: LockMachine, done: Done) -> None:
         m._settle()
     else:
         m.cookie = None
-        _not_back(m, errno.ESTALE)
+        owner = done.value.owner
+        offer = Offer.parse(owner.mark) if owner is not None else None
+        if offer is not None and offer.meant_for(m.hand.offer.key) and m.handle_now is not None and m.wanted:
+            m.hand.offer = m.hand.record = None
+            take_offer(m, owner, offer)  # it was taken, and the VM comes home already
+        else:
+            _not_back(m, errno.ESTALE)
 
 
 def _not_back(m: LockMachine, code: int) -> None:

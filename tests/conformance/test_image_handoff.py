@@ -357,3 +357,15 @@ def test_an_offer_that_was_taken_can_be_forgotten(host: Open) -> None:
     assert a.data.read(0, 512) == bytes(512)
     Writer(a, b"x" * 512, 0).end()
     assert a.is_lock_owner
+
+
+def test_a_vm_that_comes_home_before_anybody_heard_that_it_arrived(host: Open) -> None:
+    a, b = host(), host()
+    a.acquire_lock()
+    b.stand_by(KEY, park=True)
+    assert a.offer(KEY)
+    b.take_over()
+    assert b.offer(KEY)
+    a.take_back()
+    assert a.is_lock_owner and owner(b) == address(a)
+    wait_until_taken(b)
