@@ -146,9 +146,25 @@ def renewing(victim: Victim, other: ImageHandle) -> None:
     assert victim.ctx.reached.wait(DEADLINE) and victim.state == "relocking"
 
 
-@pytest.mark.parametrize(
-    "reach", [idle, acquiring, post_acquire, locked, releasing, waiting, renewing], ids=lambda reach: reach.__name__
-)
+def offered(victim: Victim, other: ImageHandle) -> None:
+    """The VM leaves: nothing runs, everything waits."""
+    locked(victim, other)
+    assert victim.handle.offer("name:web")
+    assert victim.state == "offered"
+
+
+def standing_by(victim: Victim, other: ImageHandle) -> None:
+    """The VM will come: its requests wait for that."""
+    other.acquire_lock()
+    victim.handle.stand_by("name:web", park=True)
+    victim.write()
+    victim.until(lambda: victim.handle.native.stats().parked == WRITERS)
+
+
+STATES = (idle, acquiring, post_acquire, locked, releasing, waiting, renewing, offered, standing_by)
+
+
+@pytest.mark.parametrize("reach", STATES, ids=lambda reach: reach.__name__)
 @pytest.mark.parametrize("time_", range(TIMES))
 def test_blocklisted(
     clients: tuple[Pausing, ObjectContext], reach: Callable[[Victim, ImageHandle], None], time_: int
