@@ -42,6 +42,8 @@ def load(path: str = CONFIG) -> Config:
     try:
         with open(path, "rb") as file:
             values = json.loads(file.read(SIZE_MAX))
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
         known = {field.name: values[field.name] for field in fields(Config) if field.name in values}
         if "pools" in known:
             known["pools"] = tuple(str(pool) for pool in known["pools"])

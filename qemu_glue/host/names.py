@@ -2,16 +2,19 @@
 
 RUN/image/vhost-user/POOL/IMAGE.sock and RUN/image/nbd/POOL/IMAGE.sock, where POOL is POOL or POOL/NAMESPACE. A name is
 one path component: what is not a letter, digit, "_", "-" or "." is %XX of its UTF-8, so is a dot in front; what is too
-long then is "~" and the first 128 bits of its SHA-256. No two names have one path: "~" itself is written %7E.
+long then is "~" and the first 112 bits of its SHA-256. No two names have one path: "~" itself is written %7E.
 """
 
 from __future__ import annotations
 
 import hashlib
 
+from qemu_glue.sockets import SUN_PATH
+
 SAFE = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-.")
 POOL_MAX = 36  # bytes of the first component: more would leave too little for images
-HASHED = 33  # bytes of "~" and 32 hex digits
+HASHED = 29  # bytes of "~" and 28 hex digits
+LONGEST = SUN_PATH - len(".4194304")  # sockets are bound under another name first, with a pid; any has the same path
 
 
 def component(name: str, limit: int) -> str:
@@ -20,10 +23,10 @@ def component(name: str, limit: int) -> str:
     text = "".join(chr(b) if b in SAFE and (at or b != 0x2E) else f"%{b:02X}" for at, b in enumerate(raw))
     if 0 < len(text) <= limit:
         return text
-    return "~" + hashlib.sha256(raw).hexdigest()[:32]
+    return "~" + hashlib.sha256(raw).hexdigest()[: HASHED - 1]
 
 
-def image_socket(run: str, transport: str, pool: str, namespace: str, image: str, longest: int) -> str:
-    """`longest`: bytes that the whole path may have. It may still be longer when `run` is too long by itself."""
+def image_socket(run: str, transport: str, pool: str, namespace: str, image: str) -> str:
+    """At most LONGEST bytes, unless `run` is too long by itself."""
     folder = f"{run}/image/{transport}/{component(f'{pool}/{namespace}' if namespace else pool, POOL_MAX)}/"
-    return folder + component(image, max(HASHED, longest - len(folder.encode()) - len(".sock"))) + ".sock"
+    return folder + component(image, max(HASHED, LONGEST - len(folder.encode()) - len(".sock"))) + ".sock"

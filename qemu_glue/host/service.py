@@ -35,7 +35,6 @@ from qemu_glue.host.scanner import Scanner
 from qemu_glue.libvirt.domain import TRANSPORTS, ServedDisk, socket_path
 from qemu_glue.nodes import STORES, Node
 from qemu_glue.qmp_wire import QMPError
-from qemu_glue.sockets import SUN_PATH
 from qemu_glue.state import Journal
 
 PREPARE_SECONDS = 4.0  # the hook waits 5
@@ -200,8 +199,7 @@ class HostService:
 
     def listen_image(self, transport: str, pool: str, namespace: str, image: str) -> Endpoint:
         """The image's socket, made when it is not there. OSError."""
-        longest = SUN_PATH - len(f".{os.getpid()}")  # it is bound under another name first
-        path = image_socket(self.run, transport, pool, namespace, image, longest)
+        path = image_socket(self.run, transport, pool, namespace, image)
         endpoint = self.images.get(path)
         if endpoint is None:
             self._folder(os.path.dirname(path))

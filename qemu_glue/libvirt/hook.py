@@ -13,16 +13,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import NoReturn
-from xml.dom.minidom import Document
+from typing import TYPE_CHECKING, NoReturn
 
-from qemu_glue.host.ask import ServiceError, ask
-from qemu_glue.host.config import CONFIG, load
-from qemu_glue.libvirt import domain
-from qemu_glue.libvirt.xml import DomainXMLError, child, children, parse
+if TYPE_CHECKING:
+    from xml.dom.minidom import Document
 
+    from qemu_glue.libvirt import domain
+
+# What is imported later costs as much as starting Python, and most hooks are for domains that are not ours.
+CONFIG = "/etc/rbdpy/host.json"
+OURS = (b"urn:librbd-py:disks:1", b"/image/")  # one of them is in every domain that uses our sockets
+SIZE_LIMIT = (4 << 20) + 1  # bytes read; one more than is accepted
 SECONDS = 5.0  # for the service to answer
-HARD_SECONDS = 20  # whatever happens, this program ends
+HARD_SECONDS = 20.0  # whatever happens, this program ends
 REFUSES = "prepare"
 VERBS = {
     "prepare": "rbd-vm-prepare",
@@ -33,31 +36,45 @@ VERBS = {
 }
 
 
-def main(argv: list[str] | None = None, config: str = CONFIG) -> int:
+def main(argv: list[str] | None = None, config: str = CONFIG, hard_seconds: float = HARD_SECONDS) -> int:
     words = sys.argv[1:] if argv is None else argv
     operation = words[1] if len(words) > 1 else ""
     code = 1 if operation == REFUSES else 0
     if operation not in VERBS:
         return 0
-    signal.signal(signal.SIGALRM, lambda *_: _end(code, f"no end after {HARD_SECONDS} seconds"))
-    signal.alarm(HARD_SECONDS)
+    signal.signal(signal.SIGALRM, lambda *_: _end(code, f"no end after {hard_seconds:g} seconds"))
+    signal.setitimer(signal.ITIMER_REAL, hard_seconds)
     try:
-        return code if _tell(operation, sys.stdin.buffer.read(domain.SIZE_LIMIT), config) else 0
+        text = sys.stdin.buffer.read(SIZE_LIMIT)
+        if not any(mark in text for mark in OURS):
+            return 0
+        return code if _tell(operation, text, config) else 0
     except Exception as failure:  # a defect must not end a guest either
         _say(f"{operation}: {failure!r}")
         return code
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _tell(operation: str, text: bytes, config: str) -> bool:
     """True when it was refused, or nobody could be asked; the reason was said."""
-    settings = load(config)
+    from qemu_glue.host.ask import ServiceError, ask
+    from qemu_glue.host.config import load
+    from qemu_glue.libvirt import domain
+    from qemu_glue.libvirt.xml import DomainXMLError, parse
+
+    try:
+        settings = load(config)
+    except OSError as error:
+        _say(str(error.strerror))
+        return True
     try:
         document = parse(text)
         disks = domain.served_disks(document)
         sockets = image_sockets(document, settings.run)
         uuid, name = domain.uuid_of(document), domain.name_of(document)
     except DomainXMLError as error:
-        if domain.NAMESPACE.encode() not in text and settings.run.encode() not in text:
+        if OURS[0] not in text and f"{settings.run}/image/".encode() not in text:
             return False  # not ours
         _say(str(error.strerror))
         return True
@@ -69,7 +86,7 @@ def _tell(operation: str, text: bytes, config: str) -> bool:
     try:
         ask(settings.qmp, VERBS[operation], arguments, SECONDS)
     except ServiceError as error:
-        _say(str(error.strerror))
+        _say(f"{name[:256]}: {error.strerror}")
     except TimeoutError:
         _say(f"the host service does not answer within {SECONDS:g} seconds ({settings.qmp})")
     except (FileNotFoundError, ConnectionRefusedError):
@@ -98,6 +115,8 @@ def described(disk: domain.ServedDisk) -> dict[str, object]:
 
 def image_sockets(document: Document, run: str) -> list[str]:
     """Sockets of images that disks of the domain use: attached without a hook, and there when it starts again."""
+    from qemu_glue.libvirt.xml import child, children
+
     root = document.documentElement
     devices = child(root, "devices") if root is not None else None
     found = []
