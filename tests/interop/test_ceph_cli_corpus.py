@@ -146,7 +146,7 @@ def _left(run: Run, pool: str, namespaces: list[str], folder: Path) -> dict[str,
             found[f"{where} {' '.join(what)}"] = run([*what, where])
         for name in json.loads(run(["ls", where, "--format", "json"]).out):
             image = f"{where}/{name}"
-            for what in (["info"], ["snap", "ls", "--all"], ["image-meta", "ls"], ["lock", "ls"], ["diff"]):
+            for what in (["info"], ["snap", "ls", "--all"], ["lock", "ls"]):
                 found[f"{image} {' '.join(what)}"] = run([*what, image])
             copy = folder / "left"
             assert run(["export", "--no-progress", "--export-format", "2", image, str(copy)]).code == 0
