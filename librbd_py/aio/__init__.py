@@ -21,7 +21,16 @@ from .image import AsyncImage
 from .rados import AsyncIoctx, AsyncRados, AsyncWatch, Notification
 from .run import Face, Operation, coroutine, listing, operation
 
-__all__ = ["AsyncImage", "AsyncIoctx", "AsyncRBD", "AsyncRados", "AsyncWatch", "Notification", "Operation"]
+__all__ = [
+    "AsyncGroup",
+    "AsyncImage",
+    "AsyncIoctx",
+    "AsyncRBD",
+    "AsyncRados",
+    "AsyncWatch",
+    "Notification",
+    "Operation",
+]
 
 
 class AsyncRBD(Face):
@@ -44,7 +53,10 @@ class AsyncRBD(Face):
     create = coroutine(face.RBD.create)
     features_from_string = coroutine(face.RBD.features_from_string)
     features_to_string = coroutine(face.RBD.features_to_string)
+    group_create = coroutine(face.RBD.group_create)
     group_list = listing(face.RBD.group_list)
+    group_remove = coroutine(face.RBD.group_remove)
+    group_rename = coroutine(face.RBD.group_rename)
     list = coroutine(face.RBD.list)
     list2 = listing(face.RBD.list2)
     mirror_mode_get = coroutine(face.RBD.mirror_mode_get)
@@ -67,3 +79,29 @@ class AsyncRBD(Face):
     trash_remove = operation(face.RBD.trash_remove)
     trash_restore = coroutine(face.RBD.trash_restore)
     version = coroutine(face.RBD.version)
+
+
+class AsyncGroup(Face):
+    """`rbd.Group` with coroutines; takes AsyncIoctx and Ioctx alike."""
+
+    sync: face.Group
+
+    def __init__(self, ioctx: Any, name: str | bytes) -> None:
+        super().__init__(face.Group(ioctx, name))
+
+    async def __aenter__(self) -> AsyncGroup:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._outstanding.settle()
+
+    add_image = coroutine(face.Group.add_image)
+    create_snap = coroutine(face.Group.create_snap)
+    get_snap_info = coroutine(face.Group.get_snap_info)
+    id = coroutine(face.Group.id)
+    list_images = listing(face.Group.list_images)
+    list_snaps = listing(face.Group.list_snaps)
+    remove_image = coroutine(face.Group.remove_image)
+    remove_snap = coroutine(face.Group.remove_snap)
+    rename_snap = coroutine(face.Group.rename_snap)
+    rollback_to_snap = operation(face.Group.rollback_to_snap)

@@ -244,6 +244,8 @@ class AsyncImage(Face):
     watchers_list = listing(face.Image.watchers_list)
     register_update_watch = coroutine(face.Image.register_update_watch)
     unregister_update_watch = coroutine(face.Image.unregister_update_watch)
+    quiesce_watch = coroutine(face.Image.quiesce_watch)
+    quiesce_unwatch = coroutine(face.Image.quiesce_unwatch)
     access_timestamp = coroutine(face.Image.access_timestamp)
     block_name_prefix = coroutine(face.Image.block_name_prefix)
     break_lock = coroutine(face.Image.break_lock)

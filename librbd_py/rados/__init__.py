@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import configparser
 import errno
+import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from librbd_py import store as stores
 from librbd_py.errors import MAX_ERRNO, rados_errors
 from librbd_py.rados.commands import Commands
 from librbd_py.rados.ioctx import LIBRADOS_SNAP_HEAD, Ioctx
+from librbd_py.rados.monitor_log import MONITOR_LEVELS, MonitorLogs
 from librbd_py.rados.objects import LIBRADOS_ALL_NSPACES, Object, ObjectIterator, Snap, SnapIterator, Watch
 from librbd_py.rados.ops import (
     LIBRADOS_CMPXATTR_OP_EQ,
@@ -88,8 +90,6 @@ LIBRADOS_OP_FLAG_FADVISE_WILLNEED = 16
 LIBRADOS_OP_FLAG_FADVISE_DONTNEED = 32
 LIBRADOS_OP_FLAG_FADVISE_NOCACHE = 64
 
-MONITOR_LEVELS = ["debug", "info", "warn", "warning", "err", "error", "sec"]
-
 IMAGE_DEFAULTS = {  # Ceph's, as a program without a cluster would read them
     "rbd_default_format": "2",
     "rbd_default_order": "22",
@@ -99,6 +99,7 @@ IMAGE_DEFAULTS = {  # Ceph's, as a program without a cluster would read them
     "rbd_default_data_pool": "",
 }
 DEFAULT_CONF_PATHS = ("/etc/ceph/ceph.conf", "~/.ceph/ceph.conf", "ceph.conf")
+ENTITY_TYPES = ("client", "osd", "mon", "mds", "mgr", "auth")
 STORE_OPTION = "rbdpy_store"
 STORE_VARIABLE = "RBDPY_STORE"
 BLOCKLIST_SECONDS = 3600
@@ -187,7 +188,7 @@ class Version:
         return f"{self.major}.{self.minor}.{self.extra}"
 
 
-class Rados(Commands):
+class Rados(Commands, MonitorLogs):
     """A connection to a store. States: configuring, connected, shutdown.
 
     `store` is the store itself, for `librbd_py.rbd` and the tools.
@@ -209,6 +210,8 @@ class Rados(Commands):
     ) -> None:
         if rados_id and name:
             raise Error("Rados(): can't supply both rados_id and name")
+        if (name and name.partition(".")[0] not in ENTITY_TYPES) or (name and not name.partition(".")[2]):
+            raise Error(f"rados_initialize failed with error code: {-errno.EINVAL}: {name!r} is no TYPE.ID")
         if context is not None:
             raise unsupported("Rados(context=)")
         self.state = "configuring"
@@ -336,7 +339,8 @@ class Rados(Commands):
         if not url and (self._conffile or "mon_host" in self._conf):
             url = "ceph"
         with rados_errors("error connecting to the cluster"):
-            self._store = stores.connect(url, self._cluster_options()) if url else stores.connect()
+            # Two of these are two clients, as in a program that uses Ceph's own module: one may fence the other.
+            self._store = stores.connect(url, self._cluster_options(), share=False)
         self.state = "connected"
 
     def _cluster_options(self) -> ClusterOptions:
@@ -354,6 +358,7 @@ class Rados(Commands):
         )
 
     def shutdown(self) -> None:
+        self.stop_following()
         if self._store is not None:
             store, self._store = self._store, None
             store.close()
@@ -383,6 +388,7 @@ class Rados(Commands):
         if folder is not None:
             disk = os.statvfs(folder)
             available = disk.f_bavail * disk.f_frsize // 1024
+            used += sum(os.stat(entry).st_blocks for entry in os.scandir(folder) if entry.is_file()) // 2
         return {
             "kb": used + available,
             "kb_used": used,
@@ -402,7 +408,13 @@ class Rados(Commands):
         """Fences a client. 0 seconds means the usual hour."""
         store = self.store
         with rados_errors(f"error blocklisting client '{client_address}'"):
-            store.blocklist_add(text(client_address, "client_address"), expire_seconds or BLOCKLIST_SECONDS)
+            address = text(client_address, "client_address")
+            host, slash, nonce = address.partition("/")
+            if slash and ":" not in host:  # librados takes it for port 0
+                address = f"{host}:0/{nonce}"
+            store.blocklist_add(address, expire_seconds or BLOCKLIST_SECONDS)
+
+    blacklist_add = blocklist_add  # of releases before 16
 
     # --- pools -------------------------------------------------------------------------------------------------------
 
@@ -430,7 +442,10 @@ class Rados(Commands):
         """ObjectExists. Placement rule and owner are accepted and ignored."""
         name, store = text(pool_name, "pool_name"), self.store
         with rados_errors(f"error creating pool '{name}'"):
-            store.pool_create(name)
+            if isinstance(store, RadosStore):
+                store.pool_create(name, application=False)
+            else:
+                store.pool_create(name)
 
     def delete_pool(self, pool_name: str) -> None:
         name, store = text(pool_name, "pool_name"), self.store
@@ -438,10 +453,16 @@ class Rados(Commands):
             store.pool_remove(name)
 
     def get_pool_base_tier(self, pool_id: int) -> int:
-        """The pool itself: there is no tiering."""
-        if self.pool_reverse_lookup(pool_id) is None:
+        """The pool whose cache tier it is; else the pool itself, which it always is elsewhere than on Ceph."""
+        with rados_errors(f"get_pool_base_tier({pool_id})"):
+            if isinstance(self.store, RadosStore):
+                pools = json.loads(self.store.mon_command({"prefix": "osd dump", "format": "json"}))["pools"]
+                found = {int(pool["pool"]): int(pool.get("tier_of", -1)) for pool in pools}
+            else:
+                found = {pool.pool_id: -1 for pool in self.store.pools()}
+        if pool_id not in found:
             raise ObjectNotFound(f"get_pool_base_tier({pool_id})", errno.ENOENT)
-        return pool_id
+        return pool_id if found[pool_id] == -1 else found[pool_id]
 
     def get_inconsistent_pgs(self, pool_id: int) -> list[str]:
         self.require_state("connected")
@@ -455,21 +476,13 @@ class Rados(Commands):
         self.require_state("connected")
         return Ioctx(self, str(pool_id), int(pool_id))
 
-    # --- of no use to images ---------------------------------------------------------------------------------------
-
     def ping_monitor(self, mon_id: str) -> str:
-        raise unsupported("ping_monitor")
+        """What that monitor says of itself and the cluster's health, as JSON. ObjectNotFound: no such monitor."""
+        self.require_state("configuring", "connected")
+        name = text(mon_id, "mon_id")
+        return self._ping(name)
 
-    def monitor_log(self, level: str, callback: Callable[..., Any] | None = None, arg: object | None = None) -> None:
-        """Accepted: there is no cluster log, so nothing is ever called."""
-        _check_monitor(level, callback)
-        self.monitor_callback = None if callback is None else (callback, arg)
-        self.monitor_callback2 = None
-
-    def monitor_log2(self, level: str, callback: Callable[..., Any] | None = None, arg: object | None = None) -> None:
-        _check_monitor(level, callback)
-        self.monitor_callback = None
-        self.monitor_callback2 = None if callback is None else (callback, arg)
+    # --- of no use to images ---------------------------------------------------------------------------------------
 
     def service_daemon_register(self, service: str, daemon: str, metadata: dict[str, str]) -> None:
         """Accepted: there is no service map."""
@@ -492,13 +505,6 @@ class MonitorLog:
 def _default_paths() -> list[str]:
     named = os.environ.get("CEPH_CONF")
     return [named] if named else [os.path.expanduser(path) for path in DEFAULT_CONF_PATHS]
-
-
-def _check_monitor(level: str, callback: object) -> None:
-    if level not in MONITOR_LEVELS:
-        raise LogicError(f"invalid monitor level {level}")
-    if callback is not None and not callable(callback):
-        raise LogicError("callback must be a callable function or None")
 
 
 def _normal(option: str) -> str:

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from librbd_py import errors
@@ -25,8 +26,8 @@ from librbd_py.rados.ops import (
     data_of,
     raw,
     text,
-    unsupported,
 )
+from librbd_py.rados.pool_snaps import PoolSnaps
 from librbd_py.store import api
 from librbd_py.store.rados import RadosStore
 
@@ -54,6 +55,8 @@ class Ioctx(AioOperations):
         self.complete_completions: list[Completion] = []
         self.read_snap = LIBRADOS_SNAP_HEAD
         self._snapc = api.NO_SNAPS
+        self._version: int | None = 0  # of the object last read; None: written, see _last
+        self._last = ""  # the object last written
         self._pending = Pending()
         with rados_errors(f"error opening pool '{name}'"):
             self._context = rados.store.open(name if pool_id is None else pool_id)
@@ -83,19 +86,28 @@ class Ioctx(AioOperations):
         """Another context on the same pool and namespace."""
         other = self.rados.open_ioctx2(self.get_pool_id())
         other.set_namespace(self.get_namespace())
+        other.set_locator_key(self.get_locator_key())
         return other
 
     # --- what applies to all later calls ---------------------------------------------------------------------------
 
     def set_locator_key(self, loc_key: str) -> None:
-        """Only the empty key: placement is not chosen here (EOPNOTSUPP)."""
+        """Objects are found by their name and this key from now on; "" ends it."""
         self.require_ioctx_open()
-        if text(loc_key, "loc_key"):
-            raise errors.rados.OSError("locator keys are not supported", errno.EOPNOTSUPP)
-        self.locator_key = loc_key
+        self.locator_key = text(loc_key, "loc_key")
+        self._place()
 
     def get_locator_key(self) -> str:
         return self.locator_key or ""
+
+    def _place(self) -> None:
+        """The context of the namespace and locator key that are set."""
+        if self.nspace == LIBRADOS_ALL_NSPACES:
+            return
+        with rados_errors(f"error opening namespace {self.nspace!r}"):
+            self._context = self.rados.store.open(self._context.pool_id, self.nspace)
+            if self.locator_key:
+                self._context = self._context.with_locator(self.locator_key)
 
     def set_read(self, snap_id: int) -> None:
         """Later reads see this snapshot; LIBRADOS_SNAP_HEAD ends it."""
@@ -104,11 +116,9 @@ class Ioctx(AioOperations):
 
     def set_namespace(self, nspace: str) -> None:
         self.require_ioctx_open()
-        name = "" if nspace is None else text(nspace, "nspace")
-        with rados_errors(f"error opening namespace {name!r}"):
-            if name != self._context.namespace and name != LIBRADOS_ALL_NSPACES:
-                self._context = self.rados.store.open(self._context.pool_id, name)
-        self.nspace = name
+        before, self.nspace = self.nspace, "" if nspace is None else text(nspace, "nspace")
+        if before != self.nspace:
+            self._place()
 
     def get_namespace(self) -> str:
         return self.nspace
@@ -130,14 +140,17 @@ class Ioctx(AioOperations):
             if self.read_snap != LIBRADOS_SNAP_HEAD:
                 raise OSError(errno.EROFS, "the context reads a snapshot")
             self._after_aio(key)
-            return context.write(key, ops, self._snapc)
+            found = context.write(key, ops, self._snapc if self._snapc.ids else self._pool_snapc())
+        self._last, self._version = key, None
+        return found
 
     def _read(self, oid: str, ops: Sequence[api.Op], what: str) -> list[Any]:
         key = text(oid, "key")
         context = self.context
         with rados_errors(what):
             self._after_aio(key)
-            return context.read(key, ops, self.read_snap)
+            *found, self._version = context.read(key, [*ops, api.Version()], self.read_snap)
+        return found
 
     def write(self, key: str, data: bytes, offset: int = 0) -> int:
         self._write(key, [api.Write(offset, data_of(data))], f"Ioctx.write({self.name}): failed to write {key}")
@@ -253,26 +266,23 @@ class Ioctx(AioOperations):
         """None: appends need no alignment."""
         return None
 
-    def _application(self, command: str, what: str, **words: str) -> Any:
-        """A command to the monitors about this pool's applications; None on stores without monitors."""
-        store = self.rados.store
-        if not isinstance(store, RadosStore):
-            return None
+    def _application(self, command: str, what: str, **words: str | bool) -> Any:
+        """A command to the monitors about this pool's applications."""
         with rados_errors(what):
             prefix = {"prefix": f"osd pool application {command}", "pool": self.get_pool_name(), "format": "json"}
-            output = store.mon_command(prefix | words)
+            result, output, message = self.rados.mon_command(json.dumps(prefix | words), b"")
+            if result < 0:
+                raise OSError(-result, message)
         return json.loads(output) if output.strip() else {}
 
     def application_enable(self, app_name: str, force: bool = False) -> None:
-        """Elsewhere than on Ceph every pool is for "rbd"; anything else is refused (EOPNOTSUPP)."""
-        words = {"app": text(app_name, "app_name")} | ({"yes_i_really_mean_it": "true"} if force else {})
-        done = self._application("enable", "error enabling application", **words)
-        if done is None and app_name != "rbd":
-            raise unsupported("error enabling application")
+        """PermissionError: the pool is another application's, and not `force`."""
+        name = text(app_name, "app_name")
+        sure = {"yes_i_really_mean_it": True} if force else {}
+        self._application("enable", "error enabling application", app=name, **sure)
 
     def application_list(self) -> list[str]:
-        found = self._application("get", "error listing applications")
-        return ["rbd"] if found is None else list(found)
+        return list(self._application("get", "error listing applications"))
 
     def application_metadata_get(self, app_name: str, key: str) -> str:
         """KeyError: there is no such key."""
@@ -282,31 +292,50 @@ class Ioctx(AioOperations):
         raise KeyError(f"no metadata {key} for application {app_name}")
 
     def application_metadata_set(self, app_name: str, key: str, value: str) -> None:
-        if self._application("set", "error setting application metadata", app=app_name, key=key, value=value) is None:
-            raise unsupported("error setting application metadata")
+        """ObjectNotFound: the pool is not for that application."""
+        self._application("set", "error setting application metadata", app=app_name, key=key, value=value)
 
     def application_metadata_remove(self, app_name: str, key: str) -> None:
-        if self._application("rm", "error removing application metadata", app=app_name, key=key) is None:
-            raise unsupported("error removing application metadata")
+        self._application("rm", "error removing application metadata", app=app_name, key=key)
 
     def application_metadata_list(self, app_name: str) -> list[tuple[str, str]]:
-        found = self._application("get", "error listing application metadata") or {}
-        return sorted(found.get(app_name, {}).items())
+        """ObjectNotFound: the pool is not for that application."""
+        found = self._application("get", "error listing application metadata")
+        if app_name not in found:
+            raise errors.rados.ObjectNotFound("error listing application metadata", errno.ENOENT)
+        return sorted(found[app_name].items())
 
     # --- snapshots -------------------------------------------------------------------------------------------------
 
+    def _pool_snaps(self) -> PoolSnaps:
+        return PoolSnaps(self.rados.store, self.context)
+
+    def _pool_snapc(self) -> api.SnapContext:
+        """Of writes that bring none. OSDs know the pool's snapshots themselves."""
+        return api.NO_SNAPS if isinstance(self.rados.store, RadosStore) else self._pool_snaps().context()
+
     def create_snap(self, snap_name: str) -> None:
-        """Snapshots of whole pools exclude those of images, so there are none (EOPNOTSUPP)."""
-        raise unsupported(f"Failed to create snap {snap_name}")
+        """A snapshot of the whole pool. ObjectExists; InvalidArgumentError: there are snapshots of images."""
+        name = text(snap_name, "snap_name")
+        with rados_errors(f"Failed to create snap {snap_name}"):
+            self._pool_snaps().create(name)
 
     def remove_snap(self, snap_name: str) -> None:
-        raise errors.rados.ObjectNotFound(f"Failed to remove snap {snap_name}", errno.ENOENT)
+        """ObjectNotFound."""
+        name = text(snap_name, "snap_name")
+        with rados_errors(f"Failed to remove snap {snap_name}"):
+            self._pool_snaps().remove(name)
 
     def lookup_snap(self, snap_name: str) -> Snap:
-        raise errors.rados.ObjectNotFound(f"Failed to lookup snap {snap_name}", errno.ENOENT)
+        """ObjectNotFound."""
+        name = text(snap_name, "snap_name")
+        with rados_errors(f"Failed to lookup snap {snap_name}"):
+            return Snap(self, name, self._pool_snaps().find(name).snap_id)
 
     def snap_rollback(self, oid: str, snap_name: str) -> None:
-        raise errors.rados.ObjectNotFound(f"Failed to rollback {oid}", errno.ENOENT)
+        """ObjectNotFound: no such snapshot."""
+        snap_id = self.lookup_snap(snap_name).snap_id
+        self._write(oid, [api.Rollback(snap_id)], f"Failed to rollback {oid}")
 
     def list_snaps(self) -> SnapIterator:
         self.require_ioctx_open()
@@ -332,8 +361,14 @@ class Ioctx(AioOperations):
         self._write(oid, [api.Rollback(int(snap_id))], f"Failed to rollback {oid}")
 
     def get_last_version(self) -> int:
-        """Object versions are not shown by the store contract (EOPNOTSUPP)."""
-        raise unsupported("get_last_version")
+        """Of the object last read or written here. After a write it is asked for only now, so it is a later one if
+        somebody else wrote meanwhile."""
+        self.require_ioctx_open()
+        if self._version is None:
+            self._version = 0
+            with suppress(errors.rados.ObjectNotFound):
+                self._read(self._last, [], "get_last_version")
+        return self._version
 
     # --- operation lists -------------------------------------------------------------------------------------------
 

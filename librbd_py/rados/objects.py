@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from librbd_py import errors
 from librbd_py.errors import rados_errors
-from librbd_py.rados.ops import XattrIterator, raw, text, unsupported
+from librbd_py.rados.ops import XattrIterator, raw, text
+from librbd_py.rados.pool_snaps import PoolSnaps
 
 if TYPE_CHECKING:
     from librbd_py.rados.ioctx import Ioctx
@@ -82,25 +83,24 @@ class Watch:
 
 
 class ObjectIterator:
-    """The objects of a pool and namespace, as `Object`."""
+    """The objects of a pool and namespace, as `Object`; of all namespaces when it is LIBRADOS_ALL_NSPACES."""
 
     def __init__(self, ioctx: Ioctx) -> None:
         self.ioctx = ioctx
-        if ioctx.nspace == LIBRADOS_ALL_NSPACES:
-            raise unsupported("listing every namespace at once")
         with rados_errors(f"error iterating over the objects in ioctx '{ioctx.name}'"):
-            self._names: Iterator[str] = iter(ioctx.context.objects())
+            self._names = ioctx.context.listing(everywhere=ioctx.nspace == LIBRADOS_ALL_NSPACES)
 
     def __iter__(self) -> ObjectIterator:
         return self
 
     def __next__(self) -> Object:
         with rados_errors("error iterating over the objects"):
-            return Object(self.ioctx, next(self._names), None, self.ioctx.nspace)
+            found = next(self._names)
+        return Object(self.ioctx, found.name, found.locator or None, found.namespace)
 
 
 class Snap:
-    """A snapshot of a pool. There are none: kept so that names and types are there."""
+    """A snapshot of a pool."""
 
     def __init__(self, ioctx: Ioctx, name: str, snap_id: int) -> None:
         self.ioctx = ioctx
@@ -110,21 +110,28 @@ class Snap:
     def __str__(self) -> str:
         return f"rados.Snap(ioctx={self.ioctx},name={self.name},snap_id={self.snap_id})"
 
-    def get_timestamp(self) -> float:
-        raise unsupported("get_timestamp")
+    def get_timestamp(self) -> datetime:
+        """When it was made, in local time and whole seconds as Ceph's module gives it."""
+        with rados_errors(f"Failed to get timestamp of snap {self.name}"):
+            return datetime.fromtimestamp(
+                int(PoolSnaps(self.ioctx.rados.store, self.ioctx.context).find(self.name).stamp)
+            )
 
 
 class SnapIterator:
-    """Snapshots of a pool: always empty."""
+    """Snapshots of a pool, by id."""
 
     def __init__(self, ioctx: Ioctx) -> None:
         self.ioctx = ioctx
+        with rados_errors(f"Failed to list snapshots of pool {ioctx.name}"):
+            self._snaps = iter(PoolSnaps(ioctx.rados.store, ioctx.context).list())
 
     def __iter__(self) -> SnapIterator:
         return self
 
     def __next__(self) -> Snap:
-        raise StopIteration
+        found = next(self._snaps)
+        return Snap(self.ioctx, found.name, found.snap_id)
 
 
 class Object:
@@ -147,14 +154,16 @@ class Object:
             raise errors.rados.ObjectStateError(f"The object is {self.state}")
 
     def _call(self, method: Callable[..., Any], *args: Any) -> Any:
-        """In the object's own namespace, whatever the context's is now."""
+        """In the object's own namespace and place, whatever the context's are now."""
         self.require_object_exists()
-        before = self.ioctx.get_namespace()
+        before = self.ioctx.get_namespace(), self.ioctx.get_locator_key()
         self.ioctx.set_namespace(self.nspace)
+        self.ioctx.set_locator_key(self.locator_key or "")
         try:
             return method(self.key, *args)
         finally:
-            self.ioctx.set_namespace(before)
+            self.ioctx.set_namespace(before[0])
+            self.ioctx.set_locator_key(before[1])
 
     def read(self, length: int = 1024 * 1024) -> bytes:
         found: bytes = self._call(self.ioctx.read, length, self.offset)

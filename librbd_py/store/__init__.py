@@ -27,8 +27,9 @@ def is_ceph(url: str) -> bool:
     return kind in ("ceph", "rados") or ("/" in kind and os.path.isfile(url))
 
 
-def connect(url: str | None = None, ceph: ClusterOptions | None = None) -> Store:
-    """A connection; close it. On Ceph all that mean the same cluster and user are one client, else each is its own.
+def connect(url: str | None = None, ceph: ClusterOptions | None = None, *, share: bool = True) -> Store:
+    """A connection; close it. On Ceph all that mean the same cluster and user are one client unless `share` is False;
+    on other stores each is its own.
 
     `embedded:/path` or a plain path: the store in that folder (made when missing). `ceph[:CONF][?user=NAME]`, or a
     plain path to a file: a Ceph cluster, as CONF (else $CEPH_CONF, else /etc/ceph/ceph.conf) says; other options of
@@ -47,7 +48,7 @@ def connect(url: str | None = None, ceph: ClusterOptions | None = None) -> Store
     if is_ceph(url):
         from . import rados
 
-        return rados.connect(rados.parse_url(rados.make_url(url) if os.path.isfile(url) else url, ceph))
+        return rados.connect(rados.parse_url(rados.make_url(url) if os.path.isfile(url) else url, ceph), share=share)
     path = rest if colon and kind == "embedded" else url
     if not path or (colon and kind != "embedded" and "/" not in kind):
         raise OSError(

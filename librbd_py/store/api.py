@@ -11,12 +11,15 @@ All calls are synchronous and thread-safe. Callers that must not block use a thr
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 NOSNAP = 0xFFFFFFFFFFFFFFFE  # "HEAD"
+LOCATOR_MARK = "\x02"  # between a namespace and a locator key, in stores that place nothing
+POOL_STATE = "\x03"  # the namespace of what such stores keep of a pool (`pool_state`)
 SNAPDIR = 0xFFFFFFFFFFFFFFFF
 
 
@@ -82,6 +85,15 @@ class CloneInfo:
 class SnapSet:
     seq: int
     clones: tuple[CloneInfo, ...]
+
+
+@dataclass(frozen=True)
+class ObjectName:
+    """One object of a pool, whatever its namespace. `locator`: the key it was placed by instead of its name."""
+
+    name: str
+    namespace: str
+    locator: str = ""
 
 
 @dataclass(frozen=True)
@@ -371,6 +383,21 @@ class ObjectContext(ABC):
         """Names of the objects whose head exists, in no promised order. Ceph also lists those that only snapshots
         still need."""
 
+    def listing(self, *, everywhere: bool = False) -> Iterator[ObjectName]:
+        """As `objects`, but with those that have a locator key; `everywhere`: of all namespaces of the pool."""
+        plain = self.namespace.partition(LOCATOR_MARK)[0]
+        for namespace in self.store.namespaces(self.pool_id):
+            shown, _, locator = namespace.partition(LOCATOR_MARK)
+            if namespace != POOL_STATE and (everywhere or shown == plain):
+                for name in self.store.open(self.pool_id, namespace).objects():
+                    yield ObjectName(name, shown, locator)
+
+    def with_locator(self, key: str) -> ObjectContext:
+        """The same pool and namespace; objects are found by name and this key, "" for none. Stores that place nothing
+        keep them apart by namespace."""
+        plain = self.namespace.partition(LOCATOR_MARK)[0]
+        return self.store.open(self.pool_id, f"{plain}{LOCATOR_MARK}{key}" if key else plain)
+
     @abstractmethod
     def snap_create(self) -> int:
         """A new self-managed snapshot id of the pool, larger than every earlier one."""
@@ -446,6 +473,10 @@ class Store(ABC):
     @abstractmethod
     def pool_stats(self, pool_id: int) -> PoolStats: ...
 
+    def namespaces(self, pool_id: int) -> list[str]:
+        """Those with objects in them, "" too. EOPNOTSUPP: only its contexts can list them (`listing`)."""
+        raise OSError(errno.EOPNOTSUPP, "this store lists no namespaces")
+
     @abstractmethod
     def open(self, pool: str | int, namespace: str = "") -> ObjectContext:
         """ENOENT for a pool that does not exist. A namespace needs no creation at this level."""
@@ -470,8 +501,6 @@ class Store(ABC):
         """Idempotent."""
 
     def pool_id(self, name: str) -> int:
-        import errno
-
         for pool in self.pools():
             if pool.name == name:
                 return pool.pool_id

@@ -329,6 +329,12 @@ class MemoryStore(Store):
         except KeyError:
             raise OSError(errno.ENOENT, f"no pool with id {pool_id}") from None
 
+    def namespaces(self, pool_id: int) -> list[str]:
+        with self.cluster.mutex:
+            self.check_alive()
+            held = self.pool(pool_id).objects
+            return sorted({space for (space, _), entry in held.items() if entry.head is not None})
+
     def open(self, pool: str | int, namespace: str = "") -> ObjectContext:
         executor.check_name("x", namespace)
         with self.cluster.mutex:

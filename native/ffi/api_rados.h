@@ -46,6 +46,7 @@ int rbdn_rados_pool_delete(void *cluster, const char *name);
 /* --- a pool and namespace. Any number of threads at once. */
 typedef struct rbdn_ioctx rbdn_ioctx;
 rbdn_ioctx *rbdn_ioctx_open(void *cluster, int64_t pool_id, const char *name_space, int *err);
+int rbdn_ioctx_locator(rbdn_ioctx *io, const char *key); /* at once after opening it, before its first use */
 void rbdn_ioctx_close(rbdn_ioctx *io);
 /* Bytes, KiB, objects, clones, copies, objects missing on their primary, unfound, degraded, reads, KiB read, writes, KiB
  * written: 12 numbers, as the manager last counted. */
@@ -62,6 +63,9 @@ void *rbdn_foreign_cluster(void *io, int64_t *pool_id);
 /* --- names of objects, page by page */
 typedef struct rbdn_listing rbdn_listing;
 rbdn_listing *rbdn_listing_open(rbdn_ioctx *io, int *err);
+/* Before the first row: each is three names, the object's, its locator's and its namespace's. (The namespace "\001" of a
+ * context lists all of them.) */
+void rbdn_listing_whole(rbdn_listing *l);
 /* Bytes of the names put into buf (each with its NUL), 0 at the end; names that hold a NUL are left out. */
 int rbdn_listing_next(rbdn_listing *l, char *buf, size_t len);
 void rbdn_listing_close(rbdn_listing *l);

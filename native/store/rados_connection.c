@@ -106,6 +106,8 @@ int rbdn_rados_command(void *cluster, int target, const char *where, const char 
 #define REPLY &reply->out, &reply->out_len, &reply->status, &reply->status_len
     switch (target) {
     case RBDN_TO_MON:
+        if (*where)
+            return RADOS(mon_command_target)(cluster, where, &command, 1, in, len, REPLY);
         return RADOS(mon_command)(cluster, &command, 1, in, len, REPLY);
     case RBDN_TO_MGR:
         return RADOS(mgr_command)(cluster, &command, 1, in, len, REPLY);
@@ -158,6 +160,8 @@ rados_ioctx_t rbdn_ioctx_own(rbdn_ioctx *c, int *err)
     if (*err < 0)
         return NULL;
     RADOS(ioctx_set_namespace)(io, c->name_space);
+    if (c->locator)
+        RADOS(ioctx_locator_set_key)(io, c->locator);
     /* A full pool answers ENOSPC, as a disk does, where librados would wait for room without end. */
     RADOS(set_pool_full_try)(io);
     return io;
@@ -183,11 +187,21 @@ rbdn_ioctx *rbdn_ioctx_open(void *cluster, int64_t pool_id, const char *name_spa
     return c;
 }
 
+int rbdn_ioctx_locator(rbdn_ioctx *c, const char *key)
+{
+    c->locator = strdup(key);
+    if (!c->locator)
+        return -ENOMEM;
+    RADOS(ioctx_locator_set_key)(c->io, c->locator);
+    return 0;
+}
+
 void rbdn_ioctx_close(rbdn_ioctx *c)
 {
     RADOS(ioctx_destroy)(c->io);
     pthread_mutex_destroy(&c->lock);
     free(c->name_space);
+    free(c->locator);
     free(c);
 }
 
@@ -240,9 +254,37 @@ void *rbdn_foreign_cluster(void *io, int64_t *pool_id)
 struct rbdn_listing {
     rados_ioctx_t io;
     rados_iter_t rows;
+    int whole;  /* rows of three names */
     char *kept; /* a name that found no room; malloc */
     size_t kept_len;
 };
+
+/* The next row, with its locator and namespace, in `kept`; 1: one that holds a NUL. */
+static int whole_row(rbdn_listing *l)
+{
+    const char *part[3];
+    size_t size[3];
+    int rc = RADOS(nobjects_list_next2)(l->rows, &part[0], &part[1], &part[2], &size[0], &size[1], &size[2]);
+    if (rc < 0)
+        return rc;
+    l->kept_len = size[0] + 1 + size[1] + 1 + size[2];
+    l->kept = malloc(l->kept_len + 1);
+    if (!l->kept)
+        return -ENOMEM;
+    char *to = l->kept;
+    for (int i = 0; i < 3; i++) {
+        if (size[i])
+            memcpy(to, part[i], size[i]);
+        to += size[i];
+        *to++ = 0;
+    }
+    if (memchr(part[0], 0, size[0]) || memchr(l->kept + size[0] + 1, 0, size[1])) {
+        free(l->kept);
+        l->kept = NULL;
+        return 1;
+    }
+    return 0;
+}
 
 rbdn_listing *rbdn_listing_open(rbdn_ioctx *c, int *err)
 {
@@ -261,6 +303,11 @@ rbdn_listing *rbdn_listing_open(rbdn_ioctx *c, int *err)
     return NULL;
 }
 
+void rbdn_listing_whole(rbdn_listing *l)
+{
+    l->whole = 1;
+}
+
 int rbdn_listing_next(rbdn_listing *l, char *buf, size_t len)
 {
     size_t used = 0;
@@ -268,13 +315,18 @@ int rbdn_listing_next(rbdn_listing *l, char *buf, size_t len)
         const char *name = l->kept;
         size_t size = l->kept_len;
         if (!name) {
-            int rc = RADOS(nobjects_list_next2)(l->rows, &name, NULL, NULL, &size, NULL, NULL);
+            int rc = l->whole ? whole_row(l)
+                            : RADOS(nobjects_list_next2)(l->rows, &name, NULL, NULL, &size, NULL, NULL);
             if (rc == -ENOENT)
                 return (int)used;
             if (rc < 0)
                 return used ? (int)used : rc;
-            if (memchr(name, 0, size))
+            if (rc > 0 || (!l->whole && memchr(name, 0, size)))
                 continue;
+            if (l->whole) {
+                name = l->kept;
+                size = l->kept_len;
+            }
         }
         if (used + size + 1 > len) {
             if (!l->kept && (l->kept = malloc(size + 1))) {

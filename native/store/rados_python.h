@@ -11,6 +11,7 @@ struct rbdn_ioctx {
     rados_t cluster;
     int64_t pool_id;
     char *name_space;
+    char *locator; /* places all objects of the context together, where their names would; NULL: none */
     pthread_mutex_t lock; /* held from setting io's snapshots until the operation is submitted */
     rados_ioctx_t io;
 };

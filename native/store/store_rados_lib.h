@@ -34,6 +34,7 @@ struct rados_pool_stat_t {
     F(int, ioctx_create2, (rados_t, int64_t pool_id, rados_ioctx_t *)) \
     F(void, ioctx_destroy, (rados_ioctx_t)) \
     F(void, ioctx_set_namespace, (rados_ioctx_t, const char *)) \
+    F(void, ioctx_locator_set_key, (rados_ioctx_t, const char *)) \
     F(void, set_pool_full_try, (rados_ioctx_t)) \
     F(void, ioctx_snap_set_read, (rados_ioctx_t, uint64_t snap)) \
     F(int, ioctx_selfmanaged_snap_set_write_ctx, (rados_ioctx_t, uint64_t seq, uint64_t *snaps, int count)) \
@@ -77,6 +78,7 @@ struct rados_pool_stat_t {
     F(int, wait_for_latest_osdmap, (rados_t)) \
     F(int, get_min_compatible_client, (rados_t, int8_t *is, int8_t *required)) \
     F(int, mon_command, (rados_t, RADOS_COMMAND_PARAMETERS)) \
+    F(int, mon_command_target, (rados_t, const char *mon, RADOS_COMMAND_PARAMETERS)) \
     F(int, mgr_command, (rados_t, RADOS_COMMAND_PARAMETERS)) \
     F(int, osd_command, (rados_t, int osd, RADOS_COMMAND_PARAMETERS)) \
     F(int, pg_command, (rados_t, const char *pg, RADOS_COMMAND_PARAMETERS)) \

@@ -358,6 +358,7 @@ static void fake_ioctx_destroy(rados_ioctx_t io)
 }
 
 static void fake_ioctx_set_namespace(rados_ioctx_t io, const char *name) {}
+static void fake_ioctx_locator_set_key(rados_ioctx_t io, const char *key) {}
 static void fake_set_pool_full_try(rados_ioctx_t io) {}
 
 static void fake_ioctx_snap_set_read(rados_ioctx_t io, uint64_t snap)

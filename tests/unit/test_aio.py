@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from librbd_py import aio, rados, rbd
-from librbd_py.aio import AsyncImage, AsyncIoctx, AsyncRados, AsyncRBD
+from librbd_py.aio import AsyncGroup, AsyncImage, AsyncIoctx, AsyncRados, AsyncRBD
 from librbd_py.image.datapath import NativeImage
 
 PATIENCE = 30.0
@@ -277,23 +277,28 @@ def test_requests_of_the_engine_take_no_threads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [(AsyncImage, rbd.Image), (AsyncRBD, rbd.RBD), (AsyncIoctx, rados.Ioctx), (AsyncRados, rados.Rados)],
+    [
+        (AsyncImage, rbd.Image),
+        (AsyncRBD, rbd.RBD),
+        (AsyncGroup, rbd.Group),
+        (AsyncIoctx, rados.Ioctx),
+        (AsyncRados, rados.Rados),
+    ],
 )
 def test_what_is_offered_there_is_offered_here(ours: type, theirs: type) -> None:
     """By the same name, unless it is asynchronous by other means, or has nothing to wait for."""
-    instead = {"aio_open_image", "require_not_closed", "require_state", "require_ioctx_open", "dup", "list_snaps"}
-    instead |= {"set_locator_key", "get_locator_key", "set_osdmap_full_try", "unset_osdmap_full_try", "alignment"}
-    instead |= {"conf_parse_argv", "conf_parse_env", "version", "get_last_version", "lookup_snap"}
-    instead |= {"create_snap", "remove_snap", "snap_rollback"} if theirs is rados.Ioctx else set()
+    instead = {"aio_open_image", "require_not_closed", "require_state", "require_ioctx_open", "dup"}
+    instead |= {"get_locator_key", "set_osdmap_full_try", "unset_osdmap_full_try", "alignment"}
+    instead |= {"conf_parse_argv", "conf_parse_env", "version", "stop_following", "blacklist_add"}
     operations = {n for n in dir(theirs) if "omap" in n or n.endswith(("_op", "_write_op", "_read_op"))}
     missing = []
     for name in dir(theirs):
         method = getattr(theirs, name)
-        if name.startswith(("_", "aio_", "application_", "monitor_", "service_")) or not callable(method):
+        if name.startswith(("_", "aio_", "monitor_", "service_")) or not callable(method):
             continue
         if "Not supported" in (method.__doc__ or "") or name in instead or name in operations:
             continue
-        if name.endswith("_command") or name in ("ping_monitor", "get_pool_base_tier", "get_inconsistent_pgs"):
+        if name == "get_inconsistent_pgs":
             continue
         if not hasattr(ours, name):
             missing.append(name)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
+import queue
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -375,22 +377,178 @@ def test_statistics(cluster: rados.Rados, ioctx: rados.Ioctx) -> None:
     assert cluster.get_cluster_stats()["num_objects"] == 1
 
 
-def test_what_this_store_cannot_do_says_so(ioctx: rados.Ioctx) -> None:
-    calls: list[Callable[[], Any]] = [
-        lambda: ioctx.create_snap("s"),
-        lambda: ioctx.set_locator_key("k"),
-        lambda: ioctx.application_enable("cephfs"),
-        ioctx.get_last_version,
-    ]
-    for call in calls:
-        with pytest.raises(rados.OSError) as caught:
-            call()
-        assert caught.value.errno == errno.EOPNOTSUPP
-    assert list(ioctx.list_snaps()) == []
-    with pytest.raises(rados.ObjectNotFound):
-        ioctx.lookup_snap("s")
+def test_what_this_store_cannot_do_says_so(cluster: rados.Rados) -> None:
+    for answer in (
+        cluster.mgr_command('{"prefix": "x"}', b""),
+        cluster.osd_command(1, '{"prefix": "bench"}', b""),
+        cluster.pg_command("1.0", '{"prefix": "query"}', b""),
+        cluster.mon_command('{"prefix": "osd tier add"}', b""),
+    ):
+        assert answer[0] == -errno.EOPNOTSUPP and answer[1] == b"" and answer[2]
+
+
+def test_applications_of_a_pool(ioctx: rados.Ioctx) -> None:
+    assert ioctx.application_list() == []
     ioctx.application_enable("rbd")
-    assert ioctx.application_list() == ["rbd"]
+    ioctx.application_enable("rbd")
+    with pytest.raises(rados.PermissionError):
+        ioctx.application_enable("other")
+    ioctx.application_enable("other", True)
+    assert ioctx.application_list() == ["other", "rbd"]
+    ioctx.application_metadata_set("rbd", "key", "value")
+    ioctx.application_metadata_set("rbd", "gone", "value")
+    ioctx.application_metadata_remove("rbd", "gone")
+    assert ioctx.application_metadata_list("rbd") == [("key", "value")]
+    assert ioctx.application_metadata_list("other") == []
+    assert ioctx.application_metadata_get("rbd", "key") == "value"
+    with pytest.raises(KeyError):
+        ioctx.application_metadata_get("rbd", "no")
+    for call in (ioctx.application_metadata_list, lambda app: ioctx.application_metadata_set(app, "k", "v")):
+        with pytest.raises(rados.ObjectNotFound):
+            call("no")
+
+
+def test_snapshots_of_the_pool(ioctx: rados.Ioctx, cluster: rados.Rados) -> None:
+    ioctx.write_full("o", b"first")
+    with pytest.raises(rados.ObjectNotFound):
+        ioctx.remove_snap("s")
+    ioctx.create_snap("s")
+    with pytest.raises(rados.ObjectExists):
+        ioctx.create_snap("s")
+    with cluster.open_ioctx("data") as other:  # which is not told
+        other.set_namespace("space")
+        other.write_full("n", b"later")
+        other.set_namespace("")
+        other.write_full("o", b"second")
+    ioctx.aio_write("o", b"third!").wait_for_complete()
+    snap = ioctx.lookup_snap("s")
+    assert [found.name for found in ioctx.list_snaps()] == ["s"] and snap.get_timestamp().microsecond == 0
+    ioctx.set_read(snap.snap_id)
+    assert ioctx.read("o") == b"first"
+    ioctx.set_read(rados.LIBRADOS_SNAP_HEAD)
+    assert ioctx.read("o") == b"third!"
+    ioctx.snap_rollback("o", "s")
+    assert ioctx.read("o") == b"first"
+    ioctx.remove_snap("s")
+    assert list(ioctx.list_snaps()) == []
+    assert [(row.nspace, row.key) for row in ioctx.list_objects()] == [("", "o")]
+    ioctx.write_full("rbd_header.1", b"")
+    with pytest.raises(rados.InvalidArgumentError):
+        ioctx.create_snap("s")
+
+
+def test_listing_every_namespace_and_place(ioctx: rados.Ioctx) -> None:
+    def listed() -> list[tuple[str, str | None, str]]:
+        return sorted((row.nspace, row.locator_key or "", row.key) for row in ioctx.list_objects())
+
+    ioctx.write("a", b"1")
+    ioctx.create_snap("s")
+    ioctx.set_namespace("space")
+    ioctx.write("a", b"2")
+    ioctx.set_locator_key("place")
+    assert ioctx.get_locator_key() == "place"
+    with pytest.raises(rados.ObjectNotFound):
+        ioctx.read("a")
+    ioctx.write("a", b"3")
+    assert listed() == [("space", "", "a"), ("space", "place", "a")]
+    ioctx.set_locator_key("")
+    assert ioctx.read("a") == b"2"
+    for row in ioctx.list_objects():
+        assert row.read() == (b"3" if row.locator_key else b"2")
+    ioctx.set_namespace(rados.LIBRADOS_ALL_NSPACES)
+    assert listed() == [("", "", "a"), ("space", "", "a"), ("space", "place", "a")]
+    with pytest.raises(rados.InvalidArgumentError):
+        ioctx.write("a", b"4")
+    ioctx.set_namespace("")
+    assert listed() == [("", "", "a")] and ioctx.read("a") == b"1"
+
+
+def test_the_version_of_what_was_last_touched(ioctx: rados.Ioctx) -> None:
+    assert ioctx.get_last_version() == 0
+    ioctx.write("a", b"1")
+    first = ioctx.get_last_version()
+    ioctx.write("a", b"2")
+    ioctx.write("b", b"2")
+    assert ioctx.read("a") == b"2"
+    second = ioctx.get_last_version()
+    assert second > first > 0
+    with rados.WriteOpCtx() as op:
+        op.assert_version(second)
+        op.write_full(b"3")
+        ioctx.operate_write_op(op, "a")
+    with rados.WriteOpCtx() as op, pytest.raises(rados.OSError):
+        op.assert_version(second)
+        op.write_full(b"4")
+        ioctx.operate_write_op(op, "a")
+    ioctx.remove_object("a")
+    assert ioctx.get_last_version() == 0
+
+
+def test_the_example_class(ioctx: rados.Ioctx) -> None:
+    with rados.WriteOpCtx() as op:
+        op.execute("hello", "record_hello", b"you")
+        ioctx.operate_write_op(op, "o")
+    assert ioctx.read("o") == b"Hello, you!"
+    assert ioctx.execute("o", "hello", "say_hello", b"")[1] == b"Hello, world!"
+    assert ioctx.execute("o", "hello", "replay", b"")[1] == b"Hello, you!"
+    with rados.WriteOpCtx() as op, pytest.raises(rados.ObjectExists):
+        op.execute("hello", "record_hello", b"you")
+        ioctx.operate_write_op(op, "o")
+    with pytest.raises(rados.InvalidArgumentError):
+        ioctx.execute("o", "hello", "say_hello", b"x" * 101)
+
+
+def test_what_a_monitor_would_be_asked(cluster: rados.Rados) -> None:
+    def ask(prefix: str, **words: Any) -> Any:
+        result, output, message = cluster.mon_command(json.dumps({"prefix": prefix, "format": "json", **words}), b"")
+        assert result == 0, message
+        return json.loads(output) if output else message
+
+    assert ask("osd pool create", pool="new") == "pool 'new' created"
+    assert "new" in ask("osd pool ls") and {"poolnum": cluster.pool_lookup("new"), "poolname": "new"} in ask(
+        "osd lspools"
+    )
+    ask("osd pool mksnap", pool="new", snap="s")
+    ask("osd pool application enable", pool="new", app="rbd")
+    (pool,) = [row for row in ask("osd dump")["pools"] if row["pool_name"] == "new"]
+    assert [row["name"] for row in pool["pool_snaps"]] == ["s"] and pool["application_metadata"] == {"rbd": {}}
+    assert ask("fsid") == {"fsid": cluster.get_fsid()}
+    assert ask("health")["status"] == "HEALTH_OK"
+    assert ask("version")["release"] == "pacific"
+    assert {row["name"] for row in ask("df")["pools"]} >= {"new"}
+    assert cluster.mon_command(json.dumps({"prefix": "mon dump", "epoch": 1001}), b"")[0] == -errno.ENOENT
+    name = ask("mon dump")["mons"][0]["name"]
+    assert json.loads(cluster.ping_monitor(name))["health"]
+    with pytest.raises(rados.ObjectNotFound):
+        cluster.ping_monitor("no")
+    assert cluster.mon_command('{"prefix": "osd pool rm", "pool": "new"}', b"")[0] == -errno.EPERM
+    ask("osd pool rm", pool="new", pool2="new", yes_i_really_really_mean_it=True)
+    assert not cluster.pool_exists("new")
+    for wrong in ("", "[]", "{}", '{"prefix": "osd pool create"}'):
+        assert cluster.mon_command(wrong, b"")[0] == -errno.EINVAL
+    result, output, _ = cluster.osd_command(0, '{"prefix": "bench", "count": 8192, "size": 4096}', b"")
+    assert result == 0 and json.loads(output)["bytes_written"] == 8192
+
+
+def test_the_log_is_followed(cluster: rados.Rados) -> None:
+    heard: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+    with pytest.raises(rados.LogicError):
+        cluster.monitor_log("loud", lambda *args: None, None)
+    with pytest.raises(rados.LogicError):
+        cluster.monitor_log("debug", 7, None)  # type: ignore[arg-type]
+    rados.MonitorLog(cluster, "debug", lambda *args: heard.put(args), "mine")
+    arg, line, who, seconds, nanoseconds, number, level, message = heard.get(timeout=30)
+    assert arg == "mine" and level == b"debug" and message in line and who and seconds and number == 1
+    assert 0 <= nanoseconds < 1e9
+    cluster.monitor_log2("debug", lambda *args: heard.put(args), None)
+    assert len(heard.get(timeout=30)) in (8, 10)
+    cluster.monitor_log2("debug", None, None)
+
+
+def test_a_name_is_a_type_and_an_id() -> None:
+    for name in ("invalid", "bad.invalid", "client."):
+        with pytest.raises(rados.Error):
+            rados.Rados(name=name)
 
 
 # --- snapshots, locks, watches -----------------------------------------------------------------------------------

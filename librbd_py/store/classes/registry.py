@@ -35,6 +35,7 @@ _FILES = (
     "rbd_groups",
     "rbd_object_map",
     "rbd_data",
+    "hello",
 )
 
 

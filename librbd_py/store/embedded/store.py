@@ -32,7 +32,7 @@ from .steps import step
 
 log = logging.getLogger(__name__)
 
-MAX_POOL_NAME = 256  # bytes
+MAX_POOL_NAME = 1024  # bytes
 DEFAULT_BLOCKLIST_SECONDS = 3600  # what 0 means
 WATCH_SECONDS = 30  # of silence, after which a watch ends; as Ceph's osd_client_watch_timeout
 WATCH_VARIABLE = "RBDPY_WATCH_TIMEOUT"  # another number for the watches of this process
@@ -272,6 +272,15 @@ class EmbeddedStore(api.Store):
                 if error.errno != errno.ENOENT:  # removed meanwhile
                     raise
         return PoolStats(total, count)
+
+    def namespaces(self, pool_id: int) -> list[str]:
+        with self.reading() as c:
+            self.check_pool(c, pool_id)
+            rows = c.execute(
+                "SELECT DISTINCT ns FROM objects WHERE pool=? UNION SELECT ns FROM layouts WHERE pool=?",
+                (pool_id, pool_id),
+            )
+            return sorted(row[0] for row in rows)
 
     def open(self, pool: str | int, namespace: str = "") -> EmbeddedContext:
         check_name("x", namespace)

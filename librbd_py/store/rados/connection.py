@@ -128,7 +128,7 @@ class Connection:
         self._lock = threading.Lock()  # guards the next five
         self._references = 1
         self._calls = self._calls_ended = 0
-        self._contexts: dict[tuple[int, str], Any] = {}
+        self._contexts: dict[tuple[int, str, str], Any] = {}
         self._ring: Any = None
 
     def _identify(self) -> None:
@@ -240,18 +240,21 @@ class Connection:
 
     # --- what hangs on it
 
-    def context(self, pool_id: int, namespace: str) -> Any:
-        """The one `rbdn_ioctx` of this pool and namespace. ENOENT for no such pool."""
+    def context(self, pool_id: int, namespace: str, locator: str = "") -> Any:
+        """The one `rbdn_ioctx` of this pool, namespace and locator key. ENOENT for no such pool."""
+        key = (pool_id, namespace, locator)
         with self._lock:
-            found = self._contexts.get((pool_id, namespace))
+            found = self._contexts.get(key)
         if found is not None:
             return found
         error = ffi.new("int *")
         made = lib.rbdn_ioctx_open(self.handle, pool_id, namespace.encode(), error)
         if not made:
             raise fail(error[0], f"pool {pool_id}")
+        if locator:
+            check(lib.rbdn_ioctx_locator(made, locator.encode()), f"locator in pool {pool_id}")
         with self._lock:
-            kept = self._contexts.setdefault((pool_id, namespace), made)
+            kept = self._contexts.setdefault(key, made)
         if kept is not made:
             lib.rbdn_ioctx_close(made)
         return kept

@@ -20,6 +20,7 @@ from .watches import RadosWatch
 if TYPE_CHECKING:
     from .store import RadosStore
 
+ALL_NAMESPACES = "\x01"  # LIBRADOS_ALL_NSPACES
 MAX_TIMEOUT = 1 << 31  # seconds of a watch
 _NAMES = 64 << 10  # bytes of object names fetched at once
 _NUMBERS = 1 << 12  # of a snapset, tried first
@@ -91,11 +92,28 @@ class RadosContext(api.ObjectContext):
             size = count
 
     def objects(self) -> Iterator[str]:
+        return self._names(self.io)
+
+    def listing(self, *, everywhere: bool = False) -> Iterator[api.ObjectName]:
+        io = self.store.connection.context(self.pool_id, ALL_NAMESPACES) if everywhere else self.io
+        parts = self._names(io, whole=True)
+        for name in parts:
+            locator = next(parts)
+            yield api.ObjectName(name, next(parts), locator)
+
+    def with_locator(self, key: str) -> RadosContext:
+        with self.store.using():
+            io = self.store.connection.context(self.pool_id, self.namespace, key)
+            return RadosContext(self.store, self.pool_id, self.namespace, io)
+
+    def _names(self, io: Any, *, whole: bool = False) -> Iterator[str]:
         with self.store.using():
             error = ffi.new("int *")
-            listing = lib.rbdn_listing_open(self.io, error)
+            listing = lib.rbdn_listing_open(io, error)
             if not listing:
                 raise fail(error[0], "list of objects")
+            if whole:
+                lib.rbdn_listing_whole(listing)
             try:
                 names = ffi.new("char[]", _NAMES)
                 while used := check(lib.rbdn_listing_next(listing, names, _NAMES), "list of objects"):

@@ -163,13 +163,14 @@ class RadosStore(api.Store):
                 raise OSError(errno.ENOENT, f"no pool named {name!r}")
             return check(number, f"pool {name!r}")
 
-    def pool_create(self, name: str) -> int:
-        """With the cluster's defaults; for RBD, so that no health warning follows."""
+    def pool_create(self, name: str, *, application: bool = True) -> int:
+        """With the cluster's defaults; for RBD, so that no health warning follows, unless `application` is False."""
         raw = _pool_name(name)
         with self.using():
             check(lib.rbdn_rados_pool_create(self.connection.handle, raw), f"new pool {name!r}")
             number = self.pool_id(name)
-            lib.rbdn_ioctx_application(self.connection.context(number, ""), _APPLICATION.encode(), False)
+            if application:
+                lib.rbdn_ioctx_application(self.connection.context(number, ""), _APPLICATION.encode(), False)
             return number
 
     def application_enable(self, pool_id: int, *, force: bool = False) -> None:
@@ -244,8 +245,8 @@ class RadosStore(api.Store):
         return self.mon_command({"prefix": prefix.replace("blocklist", "blacklist"), **old})
 
     def command(self, kind: str, where: str, text: str, data: bytes = b"") -> tuple[int, bytes, str]:
-        """(0 or -errno, output, message) of a command in JSON to a "mon", "mgr", "osd" or "pg"; `where`: which of the
-        last two."""
+        """(0 or -errno, output, message) of a command in JSON to a "mon", "mgr", "osd" or "pg"; `where`: which one, ""
+        for any monitor."""
         with self.using():
             return self.connection.command(_TARGETS[kind], where, text, data)
 
