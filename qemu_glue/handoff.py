@@ -141,11 +141,12 @@ class HandOff:
 
     # --- what others ask for
 
-    async def stand_by(self) -> None:
-        """The VM will come here; before start() and before its client is served. OSError: the lock is in use here
-        (EBUSY), or the store failed. An image without exclusive lock has nothing to move."""
+    async def stand_by(self, *, sure: bool = True) -> None:
+        """The VM will come here (not `sure`: or it came long ago, and its service was started anew); before start() and
+        before its client is served. OSError: the lock is in use here (EBUSY), or the store failed. An image without
+        exclusive lock has nothing to move."""
         if self._handle.uses_lock:
-            self.incoming = True
+            self.incoming = True if sure else None
             await self._call(self._handle.stand_by, self.key, park=True)
             self._go(S.STANDING_BY)
 

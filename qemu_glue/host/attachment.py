@@ -53,6 +53,7 @@ class Attachment:
         self.vm = vm  # the uuid whose socket it is; empty: an image's
         self.pid = peer.pid
         self.identity = Identity(vm, peer.identity.name, peer.identity.incoming) if vm else peer.identity
+        self.elder = peer.elder
         self.number = number
         self.state = "opening"
         self.node: Node | None = None
@@ -123,7 +124,7 @@ class Attachment:
         if self._server is None and not node.read_only:
             self._hand_off = HandOff(node.handle, self._exports[0][1], self.identity.key, self._emit, node.name)
             if self.identity.incoming:
-                await self._hand_off.stand_by()
+                await self._hand_off.stand_by(sure=not self.elder)
             self._hand_off.start()
 
     def _follow(self, number: int) -> None:

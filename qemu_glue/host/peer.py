@@ -46,6 +46,7 @@ class Peer:
     gid: int
     pidfd: int
     identity: Identity
+    elder: bool = False  # it ran before this process: what its command line says of its start may be long past
 
     def close(self) -> None:
         if self.pidfd >= 0:
@@ -60,12 +61,13 @@ def peer_of(sock: socket.socket) -> Peer:
     pidfd = _pidfd(sock, pid)
     try:
         identity = identity_of(pid)
+        elder = started(pid) < started(os.getpid())
         if _dead(pidfd):  # then the pid may be somebody else's by now
             raise OSError(errno.ESRCH, f"process {pid} is gone")
     except BaseException:
         os.close(pidfd)
         raise
-    return Peer(pid, uid, gid, pidfd, identity)
+    return Peer(pid, uid, gid, pidfd, identity, elder)
 
 
 def _pidfd(sock: socket.socket, pid: int) -> int:
@@ -94,6 +96,15 @@ def identity_of(pid: int) -> Identity:
             return parse_command_line(file.read(COMMAND_LINE_MAX))
     except OSError:
         return Identity()
+
+
+def started(pid: int) -> int:
+    """When a process began, in clock ticks since the machine did; 0: it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read(4096).rpartition(b")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 def parse_command_line(line: bytes) -> Identity:

@@ -24,8 +24,8 @@ class Rig:
     initrd: Path
     accel: str
 
-    def create(self, name: str, size: int) -> None:
-        with self.cluster() as cluster, cluster.open_ioctx("rbd") as ioctx:
+    def create(self, name: str, size: int, pool: str = "rbd") -> None:
+        with self.cluster() as cluster, cluster.open_ioctx(pool) as ioctx:
             rbd.RBD().create(ioctx, name, size)
 
     def cluster(self) -> rados.Rados:

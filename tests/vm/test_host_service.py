@@ -15,6 +15,7 @@ import pytest
 from qemu.qmp import ExecuteError
 
 from librbd_py import rbd
+from librbd_py.store.rados import make_url
 from qemu_glue.client import Daemon
 from qemu_glue.guest import Disk, Guest
 from tests.vm.rig import MIB, Rig
@@ -82,32 +83,38 @@ def load(console: str) -> tuple[int, int]:
 @pytest.mark.vm
 @pytest.mark.parametrize("transport", ["vhost-user", "nbd"])
 def test_a_killed_service_comes_back_to_its_guests(rig: Rig, run: str, transport: str) -> None:
-    kills = (20 if SOAK else 3) if transport == "vhost-user" else 1
+    asyncio.run(killed_service(rig, run, transport, (20 if SOAK else 3) if transport == "vhost-user" else 1))
 
-    async def work() -> None:
-        rig.create("disk", 64 * MIB)
-        daemon = host(rig, run)
-        await daemon.start()
-        try:
-            answer = await daemon.execute("rbd-vm-prepare", vm(disk(transport)))
-            append = f"rbdpy.mode=load rbdpy.threads=8 rbdpy.seconds={8 + 3 * kills} rbdpy.blocks=4096"
-            with guest(rig, transport, answer["sockets"]["vda"], append) as g:
-                for _ in range(kills):
-                    await shows(g, "STAMP-TICK", len(g.console))
-                    daemon.kill()
-                    await daemon.disconnect()
-                    await daemon.start()
-                await shows(g, None)
-                operations, longest = load(g.console)
-            assert operations > 100
-            assert longest < 10.0  # the outage, QEMU's second until it tries again, the starts on a busy machine
-            await until_served(daemon, 0, GONE_SECONDS)
-            await daemon.execute("rbd-vm-release", {"uuid": UUID})
-            assert await daemon.execute("rbd-vm-query") == []
-        finally:
-            await daemon.stop()
 
-    asyncio.run(work())
+@pytest.mark.vm
+def test_a_killed_service_comes_back_on_ceph(rig: Rig, run: str, ceph_conf: str, ceph_pool: str) -> None:
+    """Its own former lock is broken at once: real librbd would wait for the watch to expire."""
+    rig.url = make_url(ceph_conf)
+    asyncio.run(killed_service(rig, run, "vhost-user", 20 if SOAK else 2, ceph_pool))
+
+
+async def killed_service(rig: Rig, run: str, transport: str, kills: int, pool: str = "rbd") -> None:
+    rig.create("disk", 64 * MIB, pool)
+    daemon = host(rig, run)
+    await daemon.start()
+    try:
+        answer = await daemon.execute("rbd-vm-prepare", vm(disk(transport, pool=pool)))
+        append = f"rbdpy.mode=load rbdpy.threads=8 rbdpy.seconds={8 + 3 * kills} rbdpy.blocks=4096"
+        with guest(rig, transport, answer["sockets"]["vda"], append) as g:
+            for _ in range(kills):
+                await shows(g, "STAMP-TICK", len(g.console))
+                daemon.kill()
+                await daemon.disconnect()
+                await daemon.start()
+            await shows(g, None)
+            operations, longest = load(g.console)
+        assert operations > 100
+        assert longest < 10.0  # the outage, QEMU's second until it tries again, the starts on a busy machine
+        await until_served(daemon, 0, GONE_SECONDS)
+        await daemon.execute("rbd-vm-release", {"uuid": UUID})
+        assert await daemon.execute("rbd-vm-query") == []
+    finally:
+        await daemon.stop()
 
 
 @pytest.mark.vm
