@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from librbd_py import rados, rbd
 from librbd_py.image import ownership
 from librbd_py.image.handle import ImageHandle
 from librbd_py.store import connect
+from tests.libvirt import ledger
 from tests.libvirt.hosts import Host, wait_for
 from vm_images.initramfs import initramfs
 from vm_images.kernel import kernel
@@ -49,13 +51,16 @@ class Domain:
     name: str
     store: str
     folder: Path
-    append: str = "rbdpy.mode=load rbdpy.seconds=600"
+    append: str = ""  # empty: the guest keeps a ledger of its writes
     transport: str = "vhost-user"
     images: tuple[str, ...] = ()
     uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def __post_init__(self) -> None:
         self.images = self.images or (f"{self.name}-disk",)
+        self.writer = ledger.Writer(zlib.crc32(self.images[0].encode()), int(self.uuid[:8], 16))
+        self.writes = not self.append
+        self.append = self.append or self.writer.append
         self.console_file = self.folder / f"{self.name}.console"
         with rados.Rados(conf={"rbdpy_store": self.store}) as cluster, cluster.open_ioctx("rbd") as ioctx:
             for image in self.images:
@@ -114,6 +119,14 @@ class Domain:
     def check_console(self) -> None:
         for bad in ("STAMP-ERROR", "GUEST-FAILED", "GUEST-CHECK failed", "I/O error"):
             assert bad not in self.console, self.console[-3000:]
+
+    def content(self) -> bytes:
+        """The blocks of the guest's ledger, as another client reads them."""
+        return ledger.content(self.store, self.images[0], self.writer)
+
+    def judge(self, before: bytes | None = None, ended: int = 0) -> ledger.Verdict:
+        """Of its writes so far; the VM must not run, nor have lost the end of its console."""
+        return ledger.judge(self.writer, self.console, self.content(), before, ended)
 
     def holder(self, image: str | None = None) -> str | None:
         """The name of the host whose client owns the image's lock; None: it is free."""

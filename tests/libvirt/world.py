@@ -17,6 +17,7 @@ from typing import Any
 from librbd_py.devcluster import DevCluster
 from tests.libvirt.domains import Domain
 from tests.libvirt.hosts import Host, HostError, Machine, wait_for
+from tests.libvirt.ledger import Verdict
 
 _numbers = itertools.count(1)
 MIGRATION_PORT = 49300
@@ -73,6 +74,7 @@ class World:
     folder_store: str  # URL
     cluster: DevCluster
     domains: list[Domain] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
 
     @property
     def hosts(self) -> tuple[Host, Host]:
@@ -133,7 +135,7 @@ class World:
         wait_for(lambda: domain.hosts_that_watch() == {host.name}, f"watches of {host.name} alone", 10)
 
     def end(self, domain: Domain) -> None:
-        """Wherever it is. Its images, too."""
+        """Wherever it is. What it wrote must be there; then its images go, too."""
         for host in self.hosts:
             for verb in ("destroy", "managedsave-remove", "undefine"):
                 try:
@@ -141,6 +143,10 @@ class World:
                 except HostError:
                     pass  # not there
         wait_for(lambda: not domain.hosts_that_watch(), f"the watches of {domain.name} to go", 30)
+        if domain.writes:
+            verdict = domain.judge()
+            self.verdicts.append(verdict)
+            assert verdict.right, str(verdict)
         domain.remove()
 
 
