@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import Any
 
 from librbd_py.errors import rbd_errors
+from librbd_py.format import lock as fl
 from librbd_py.image import locks
 from librbd_py.image.handle import ImageHandle
+from librbd_py.image.objects import ignoring
 from librbd_py.store.api import NOSNAP
 
 from .common import number, requires_not_closed, text
@@ -23,9 +26,18 @@ class ImageLocks:
 
     @requires_not_closed
     def is_exclusive_lock_owner(self) -> bool:
+        """Asks the store, too: whom somebody fenced may not have heard of it. ConnectionShutdown."""
         with rbd_errors(f"error getting lock status for image {self.label}"):
-            self.handle.header  # noqa: B018  a fenced client gets its error here
-            return self.handle.is_lock_owner and self.handle.snap_id == NOSNAP
+            handle = self.handle
+            handle.header  # noqa: B018  a fenced client gets its error here
+            cookie = handle.control.lock_cookie if handle.control is not None else None
+            if not handle.is_lock_owner or handle.snap_id != NOSNAP or cookie is None:
+                return False
+            request = fl.AssertRequest(fl.RBD_LOCK_NAME, fl.LOCK_EXCLUSIVE, cookie, fl.RBD_LOCK_TAG)
+            with ignoring(errno.EBUSY):
+                handle.ctx.exec(handle.oid, "lock", "assert_locked", request.encode())
+                return True
+            return False
 
     @requires_not_closed
     def lock_acquire(self, lock_mode: int) -> None:
