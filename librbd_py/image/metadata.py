@@ -9,6 +9,7 @@ from librbd_py.format import notify as nf
 from . import cls
 from .cls import text
 from .handle import ImageHandle
+from .options import OF_IMAGES, require
 from .proxy import perform
 
 CONFIG_PREFIX = "conf_"
@@ -25,12 +26,12 @@ def items(handle: ImageHandle) -> dict[str, str]:
 
 
 def put(handle: ImageHandle, key: str, value: str | bytes) -> None:
-    """EROFS; EINVAL: a `conf_` key that is no option of RBD."""
+    """EROFS; EINVAL: a `conf_` key that is no option an image may have, or not with this value."""
     handle.require_writable()
-    if key.startswith(CONFIG_PREFIX) and not key.startswith(CONFIG_PREFIX + "rbd_"):
-        raise OSError(errno.EINVAL, f"{key[len(CONFIG_PREFIX) :]!r} is no option of RBD")
     data = value.encode() if isinstance(value, str) else value
     asked = data.decode(errors="surrogateescape")
+    if key.startswith(CONFIG_PREFIX):
+        require(key.removeprefix(CONFIG_PREFIX), asked, OF_IMAGES)
     perform(handle, lambda request: nf.MetadataUpdate(key, asked, request), lambda: _put(handle, key, data))
 
 

@@ -6,7 +6,9 @@ kept and shown too, so that programs and scripts written for Ceph find them.
 
 from __future__ import annotations
 
+import errno
 import re
+from collections.abc import Container
 
 # what only a pool may override
 OF_POOLS = {
@@ -178,3 +180,9 @@ def shown(name: str, value: str) -> str:
     if re.fullmatch(r"\d+\.\d+", default):
         return f"{float(value):.6f}"
     return value
+
+
+def require(name: str, value: str, allowed: Container[str]) -> None:
+    """EINVAL unless the option is one of `allowed` and may have this value."""
+    if name not in allowed or not acceptable(name, value):
+        raise OSError(errno.EINVAL, f"{value!r} is no value of {name} here")

@@ -13,7 +13,9 @@ from . import cls
 from .cls import call, text, u8
 from .group import groups, remove_group
 from .header import header_oid, load
+from .metadata import CONFIG_PREFIX
 from .objects import exists, ignoring, remove
+from .options import OPTIONS, require
 
 VALIDATED = b"overwrite validated"
 _PROBE = b"validate"
@@ -97,6 +99,9 @@ def metadata(ctx: ObjectContext) -> dict[str, str]:
 
 
 def metadata_set(ctx: ObjectContext, key: str, value: bytes) -> None:
+    """EINVAL: a `conf_` key that is no option a pool may have, or not with this value."""
+    if key.startswith(CONFIG_PREFIX):
+        require(key.removeprefix(CONFIG_PREFIX), value.decode(errors="surrogateescape"), OPTIONS)
     if not exists(ctx, names.INFO):
         ctx.write(names.INFO, [OmapSet({})])
     ctx.exec(names.INFO, "rbd", "metadata_set", cls.encode_metadata({key: value}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 from librbd_py.errors import rbd as exceptions
 from librbd_py.image import feature_names, metadata, pool
 from librbd_py.image.directory import CreateOptions
+from librbd_py.image.options import OPTIONS
 from librbd_py.store.api import ObjectContext
 from librbd_py.store.rados import RadosStore
+
+from .constants import RBD_CONFIG_SOURCE_CONFIG, RBD_CONFIG_SOURCE_IMAGE, RBD_CONFIG_SOURCE_POOL
 
 MIMIC = 13  # the first release whose clients understand clones of format 2
 
@@ -25,11 +29,16 @@ class Defaults:
 
     def option(self, name: str) -> str:
         """Empty when nobody set it."""
+        return self.of_pool(name) or self.of_cluster(name)
+
+    def of_pool(self, name: str) -> str:
+        """What the pool says, alone."""
         if self._of_pool is None:
             self._of_pool = pool.metadata(self._ctx)
-        found = self._of_pool.get(metadata.CONFIG_PREFIX + name)
-        if found is not None:
-            return found
+        return self._of_pool.get(metadata.CONFIG_PREFIX + name, "")
+
+    def of_cluster(self, name: str) -> str:
+        """What the program or the cluster's configuration says."""
         conf_get = getattr(getattr(self._ioctx, "rados", None), "conf_get", None)
         if callable(conf_get):
             return str(conf_get(name) or "")
@@ -73,3 +82,15 @@ class Defaults:
             return int(value)
         store = self._ctx.store
         return 1 if isinstance(store, RadosStore) and store.oldest_client() < MIMIC else 2
+
+    def options(self, names: Iterable[str], of_image: Mapping[str, str]) -> list[dict[str, Any]]:
+        """name, value, source of options that a pool or an image may override: what holds, and who says so."""
+        rows = []
+        for name in sorted(names):
+            value, source = self.of_cluster(name) or OPTIONS[name], RBD_CONFIG_SOURCE_CONFIG
+            if self.of_pool(name):
+                value, source = self.of_pool(name), RBD_CONFIG_SOURCE_POOL
+            if metadata.CONFIG_PREFIX + name in of_image:
+                value, source = of_image[metadata.CONFIG_PREFIX + name], RBD_CONFIG_SOURCE_IMAGE
+            rows.append({"name": name, "value": value, "source": source})
+        return rows

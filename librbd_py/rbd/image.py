@@ -52,6 +52,7 @@ class Image(ImageSnaps, ImageAio, ImageLocks, ImageMeta):
         self._name = None if name is None else text(name, "name")
         self._id = None if image_id is None else text(image_id, "image_id")
         at = snapshot if snapshot is None or isinstance(snapshot, int) else text(snapshot, "snapshot")
+        self.ioctx = ioctx
         self._open_arguments = (context(ioctx), at, bool(read_only))
         if _oncomplete is None:
             with rbd_errors(f"error opening image {self.label} at snapshot {snapshot!r}"):

@@ -11,9 +11,11 @@ from librbd_py.format import header as fh
 from librbd_py.format import trash as ftr
 from librbd_py.image import clones, cls, directory, locks, metadata, pool, trash
 from librbd_py.image import group as groups
+from librbd_py.image.options import OF_IMAGES, OPTIONS
 from librbd_py.store.api import NOSNAP
 
 from .common import context, moment
+from .defaults import Defaults
 
 if TYPE_CHECKING:
     from .groups import Group
@@ -179,30 +181,22 @@ class PoolMetadataIterator(_Rows):
 
 
 class ConfigImageIterator(_Rows):
-    """name, value, source of the configuration overrides of an image."""
+    """name, value, source of every option an image may have: what holds for it, and who says so."""
 
     def __init__(self, image: Image) -> None:
         super().__init__()
         with rbd_errors("error listing config options"):
-            self._rows = config_rows(metadata.items(image.handle), 2)
+            overrides = metadata.items(image.handle)
+            self._rows = Defaults(image.ioctx, image.handle.ctx).options(OF_IMAGES, overrides)
 
 
 class ConfigPoolIterator(_Rows):
-    """name, value, source of the configuration overrides of a pool."""
+    """name, value, source of every option a pool may have."""
 
     def __init__(self, ioctx: Any) -> None:
         super().__init__()
         with rbd_errors("error listing config options"):
-            self._rows = config_rows(pool.metadata(context(ioctx)), 1)
-
-
-def config_rows(values: dict[str, str], source: int) -> list[dict[str, Any]]:
-    prefix = metadata.CONFIG_PREFIX
-    return [
-        {"name": key[len(prefix) :], "value": value, "source": source}
-        for key, value in values.items()
-        if key.startswith(prefix)
-    ]
+            self._rows = Defaults(ioctx, context(ioctx)).options(OPTIONS, {})
 
 
 class _Unsupported(_Rows):

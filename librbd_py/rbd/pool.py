@@ -204,11 +204,8 @@ class RBD(PoolGroups):
         return self._pool_value(ioctx, metadata.CONFIG_PREFIX + name, f"no config {name} for pool")
 
     def config_set(self, ioctx: Any, key: str | bytes, value: str | bytes) -> None:
-        name = text(key, "key")
-        with rbd_errors("error setting metadata"):
-            if not name.startswith("rbd_"):
-                raise OSError(errno.EINVAL, f"{name!r} is no option of RBD")
-        self.pool_metadata_set(ioctx, metadata.CONFIG_PREFIX + name, value)
+        """InvalidArgument: a pool has no such option, or it cannot be that."""
+        self.pool_metadata_set(ioctx, metadata.CONFIG_PREFIX + text(key, "key"), value)
 
     def config_remove(self, ioctx: Any, key: str | bytes) -> None:
         """KeyError: no override for this pool."""

@@ -18,6 +18,7 @@ import pytest
 
 from librbd_py import rados as face
 from librbd_py import rbd
+from librbd_py.image import cls
 from librbd_py.store import connect, rados
 from librbd_py.store.api import Append, AssertExists, ObjectContext, Read, WriteFull
 from librbd_py.store.rados import ClusterOptions, RadosStore
@@ -332,7 +333,10 @@ def test_what_a_cluster_says_of_new_images(ceph_conf: str, pool: str) -> None:
         for name in (pool, data):
             with cluster.open_ioctx(name) as where:
                 assert where.read("rbd_info") == b"overwrite validated"
-        R.config_set(ioctx, "rbd_default_order", "many")
+        with pytest.raises(rbd.InvalidArgument):
+            R.config_set(ioctx, "rbd_default_order", "many")
+        nonsense = cls.encode_metadata({"conf_rbd_default_order": b"many"})  # an older client's
+        ioctx.execute("rbd_info", "rbd", "metadata_set", nonsense)
         with pytest.raises(rbd.InvalidArgument):
             R.create(ioctx, "c", 1 << 22)
         cluster.delete_pool(data)

@@ -466,9 +466,21 @@ def test_metadata(io: ObjectContext) -> None:
         refused(rbd.InvalidArgument, 22, image.metadata_set, "conf_nope", "1")
         image.config_set("rbd_cache", "false")
         assert image.config_get("rbd_cache") == "false"
-        assert list(image.config_list()) == [{"name": "rbd_cache", "value": "false", "source": 2}]
+        R.config_set(io, "rbd_cache", "true")
+        R.config_set(io, "rbd_cache_size", "4K")
+        rows = list(image.config_list())
+        assert [row for row in rows if row["source"]] == [
+            {"name": "rbd_cache", "value": "false", "source": rbd.RBD_CONFIG_SOURCE_IMAGE},
+            {"name": "rbd_cache_size", "value": "4K", "source": rbd.RBD_CONFIG_SOURCE_POOL},
+        ]
+        assert len(rows) == 77 and {"name": "rbd_qos_iops_limit", "value": "0", "source": 0} in rows
         image.config_remove("rbd_cache")
         refused(KeyError, None, image.config_get, "rbd_cache")
+        for name, value in (("rbd_cache", "maybe"), ("rbd_default_order", "20"), ("rbd_nonsense", "1"), ("cache", "1")):
+            refused(rbd.InvalidArgument, 22, image.config_set, name, value)
+            refused(rbd.InvalidArgument, 22, image.metadata_set, f"conf_{name}", value)
+        R.config_remove(io, "rbd_cache")
+        R.config_remove(io, "rbd_cache_size")
         refused(rbd.InvalidArgument, 22, image.migration_source_spec)
 
 
@@ -545,5 +557,9 @@ def test_pool_totals_and_metadata(io: ObjectContext) -> None:
     R.pool_metadata_remove(io, "x")
     refused(KeyError, None, R.pool_metadata_remove, io, "x")
     R.config_set(io, "rbd_cache", "true")
-    assert list(R.config_list(io)) == [{"name": "rbd_cache", "value": "true", "source": 1}]
+    rows = list(R.config_list(io))
+    assert [row for row in rows if row["source"]] == [{"name": "rbd_cache", "value": "true", "source": 1}]
+    assert len(rows) == 109
     R.config_remove(io, "rbd_cache")
+    for name, value in (("rbd_cache", "maybe"), ("rbd_default_order", "twenty"), ("rbd_nonsense", "1"), ("cache", "1")):
+        refused(rbd.InvalidArgument, 22, R.config_set, io, name, value)
