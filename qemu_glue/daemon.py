@@ -113,6 +113,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     host.add_argument("--run", default=RUN, help=f"folder of the sockets [default: {RUN}]")
     host.add_argument("--pools", default="", help="POOL,...: their images have sockets all the time, to attach them by")
     host.add_argument("--user", help="QEMU's user [default: of libvirt's qemu.conf, or of this system's libvirt]")
+    host.add_argument("--libvirt", metavar="URI", help="resume its guests whose NBD disks were away with the service")
     host.add_argument("--group", help="QEMU's group, which the sockets get")
     parser.add_argument(
         "--pidfile", metavar="FILE", type=Path, help="written when everything is served, removed at the end"
@@ -152,7 +153,7 @@ async def serve(options: argparse.Namespace) -> int:
             handlers |= host.handlers()
             # First of all: QEMU tries once a second, and its whole machine waits for a back end that accepted it.
             host.restore()
-            host.accept(tuple(pool for pool in options.pools.split(",") if pool))
+            host.accept(tuple(pool for pool in options.pools.split(",") if pool), options.libvirt)
         await service.restore()
         for name, texts in (
             ("blockdev-add", options.blockdev),

@@ -21,6 +21,7 @@ def with_target(parser: argparse.ArgumentParser) -> None:
 def with_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pools", default="rbd", help="POOL,...: images with sockets to attach by [default: rbd]")
     parser.add_argument("--user", default="", help="QEMU's user [default: as libvirt has it]")
+    parser.add_argument("--libvirt", metavar="URI", default="qemu:///system", help="libvirt of this host")
     parser.add_argument("--group", default="", help="QEMU's group [default: as libvirt has it]")
 
 
@@ -35,7 +36,8 @@ def setup(session: Session) -> None:
 
     options = session.options
     pools = tuple(pool for pool in options.pools.split(",") if pool)
-    config = Config(store=options.store or "", pools=pools, user=options.user, group=options.group)
+    more = {"user": options.user, "group": options.group, "libvirt": options.libvirt}
+    config = Config(store=options.store or "", pools=pools, **more)
     try:
         host.set_up(config, print, dry_run=options.dry_run, prefix=options.prefix)
     except OSError as error:
@@ -67,6 +69,17 @@ def serve(session: Session) -> None:
     status = daemon.main([*argv, "-v"])
     if status:
         raise Failure("", status)
+
+
+@command("host upgrade", "Start the service anew, as it is installed now; guests see a pause.")
+def upgrade(session: Session) -> None:
+    from qemu_glue.host import upgrade as host
+    from qemu_glue.host.config import load
+
+    try:
+        host.upgrade(load(), print)
+    except OSError as error:
+        raise _failed("upgrade", error) from None
 
 
 @command("host status", "Show the VMs of this host, their disks and who serves them.", with_format)

@@ -19,6 +19,7 @@ class Config:
     pools: tuple[str, ...] = ("rbd",)  # of its store: their images have sockets all the time
     user: str = ""  # QEMU's; empty: as libvirt has it
     group: str = ""
+    libvirt: str = "qemu:///system"  # asked to resume guests whose NBD disk was away; empty: nobody
 
     @property
     def qmp(self) -> str:
@@ -31,7 +32,8 @@ class Config:
         """For rbdpyd."""
         argv = ["--host", "--run", self.run, "--qmp", self.qmp, "--state", f"{self.state}/rbdpyd.journal"]
         argv += ["--pools", ",".join(self.pools)]
-        for option, value in (("store", self.store), ("user", self.user), ("group", self.group)):
+        for option in ("store", "user", "group", "libvirt"):
+            value: str = getattr(self, option)
             if value:
                 argv += [f"--{option}", value]
         return argv

@@ -31,6 +31,7 @@ from qemu_glue.host.attachment import OPEN_SECONDS, Attachment
 from qemu_glue.host.endpoint import Endpoint
 from qemu_glue.host.names import image_socket
 from qemu_glue.host.peer import Peer, vms_running
+from qemu_glue.host.resume import resume
 from qemu_glue.host.scanner import Scanner
 from qemu_glue.libvirt.domain import TRANSPORTS, ServedDisk, socket_path
 from qemu_glue.nodes import STORES, Node
@@ -187,7 +188,10 @@ class HostService:
         said = check(arguments, shapes.IMAGE_SOCKET)
         disk = shapes.disk_in({**said, "target": "vda"})
         async with self._lock:
-            await self._look_at([disk])
+            try:
+                await self._look_at([disk])
+            except QMPError as error:
+                raise QMPError(str(error).removeprefix(f"disk {disk.target}: ")) from None
             endpoint = self.listen_image(disk.transport, disk.pool, disk.namespace, disk.image)
             self._asked_for.add(endpoint.path)
             if self._journal is not None:
@@ -468,12 +472,16 @@ class HostService:
             except (QMPError, OSError) as error:
                 log.error("restore: %s: %s", key, error)
 
-    def accept(self, pools: tuple[str, ...] = ()) -> None:
-        """Serves who connects, from now on. `pools`: those of the service's own store whose images have sockets."""
+    def accept(self, pools: tuple[str, ...] = (), libvirt: str | None = None) -> None:
+        """Serves who connects, from now on. `pools`: those of the service's own store whose images have sockets.
+        `libvirt`: the URI of who can resume guests."""
         self._accepting = True
         for endpoint in [*self.images.values(), *(e for vm in self.vms.values() for e in vm.endpoints.values())]:
             endpoint.start()
         self._tasks.append(self._loop.create_task(self._sweep()))
+        before = {vm.uuid for vm in self.vms.values() if any(disk.transport == "nbd" for disk in vm.disks)}
+        if before and libvirt:
+            self._tasks.append(self._loop.create_task(resume(libvirt, lambda: before & self.vms.keys())))
         if pools:
             scanner = Scanner(self.store_url, pools, self.images_are)
             self._tasks.append(self._loop.create_task(scanner.run()))
@@ -518,6 +526,8 @@ class HostService:
                 path = vm.endpoints[disk.target].path
                 shown = {"target": disk.target, "image": disk.spec, "transport": disk.transport, "path": path}
                 disks.append({**shown, "state": "waiting", "clients": 0})
+        # Those that were attached by an image's socket.
+        disks += [a.describe() for a in self.attachments.values() if not a.vm and a.identity.uuid == vm.uuid]
         return {"uuid": vm.uuid, "name": vm.name, "state": vm.state, "incoming": vm.incoming, "disks": disks}
 
 

@@ -160,6 +160,36 @@ def revert(text: str | bytes, targets: set[str] | None = None) -> str:
     return serialize(document)
 
 
+def attachable(path: str, target: str, transport: str = "vhost-user") -> str:
+    """The <disk> to attach an image by the socket the service has for it. DomainXMLError: no such target."""
+    if not _TARGET.match(target):
+        raise DomainXMLError(f"target {target!r} is no disk name")
+    made = Document().createElement("disk")
+    made.setAttribute("device", "disk")
+    _connect(made, transport, path, "")
+    add(made, "target", dev=target, bus="virtio")
+    return str(made.toprettyxml(indent="  "))
+
+
+def _connect(made: Element, transport: str, path: str, name: str, queues: int = 1) -> None:
+    """Type, <driver> and <source> of a served <disk>."""
+    driver = add(made, "driver", name="qemu", type="raw")
+    if transport == "vhost-user":
+        made.setAttribute("type", "vhostuser")
+        if queues > 1:
+            driver.setAttribute("queues", str(queues))
+        # Without it a restarted service is never connected to again; with it QEMU waits for a socket that is not there,
+        # so the hook's `prepare` answers only when it listens.
+        add(add(made, "source", type="unix", path=path), "reconnect", enabled="yes", timeout="1")
+    else:
+        made.setAttribute("type", "network")
+        driver.setAttribute("cache", "none")
+        # libvirt drops NBD's reconnect delay: an outage stops the guest's request instead of failing it.
+        driver.setAttribute("error_policy", "stop")
+        driver.setAttribute("rerror_policy", "stop")
+        add(add(made, "source", protocol="nbd", name=name), "host", transport="unix", socket=path)
+
+
 def _rbd_disks(document: Document) -> list[tuple[str, Element]]:
     assert document.documentElement is not None
     devices = child(document.documentElement, "devices")
@@ -221,23 +251,10 @@ def _serving(document: Document, disk: ServedDisk, was: Element, path: str) -> E
     assert target is not None  # its name was checked
     made = document.createElement("disk")
     made.setAttribute("device", was.getAttribute("device") or "disk")
-    driver = add(made, "driver", name="qemu", type="raw")
+    _connect(made, disk.transport, path, disk.target, disk.queues)
     if disk.transport == "vhost-user":
-        made.setAttribute("type", "vhostuser")
-        if disk.queues > 1:
-            driver.setAttribute("queues", str(disk.queues))
-        # Without it a restarted service is never connected to again; with it QEMU waits for a socket that is not there,
-        # so the hook's `prepare` answers only when it listens.
-        add(add(made, "source", type="unix", path=path), "reconnect", enabled="yes", timeout="1")
         kept = {"boot", "alias", "address"}
     else:
-        made.setAttribute("type", "network")
-        driver.setAttribute("cache", "none")
-        # libvirt drops NBD's reconnect delay: an outage stops the guest's request instead of failing it.
-        driver.setAttribute("error_policy", "stop")
-        driver.setAttribute("rerror_policy", "stop")
-        source = add(made, "source", protocol="nbd", name=f"{disk.target}")
-        add(source, "host", transport="unix", socket=path)
         kept = {"boot", "alias", "address", "serial", "wwn", "vendor", "product", "iotune", "readonly", "shareable"}
     made.appendChild(copied(target))
     for element in children(was):

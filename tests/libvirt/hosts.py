@@ -159,7 +159,7 @@ class Host:
 
     def set_up(self, store: str) -> None:
         """What an administrator does once. Before libvirtd starts, which reads then which hooks there are."""
-        self.rbdpy("host", "setup", "--store", store)
+        self.rbdpy("host", "setup", "--store", store, "--libvirt", self.uri)
 
     def start_service(self) -> None:
         """Returns when it serves."""
