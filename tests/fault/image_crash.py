@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from librbd_py.store.embedded.check import check
 from librbd_py.store.embedded.context import EmbeddedContext
 
 R = rbd.RBD()
+DIRECTORIES = ("rbd_directory", "rbd_children", "rbd_trash", "rbd_group_directory", "rbd_namespace")
 ORDER = 13  # 8 KiB objects
 SIZE = 10 << ORDER
 MAPPED = ft.LAYERING | ft.EXCLUSIVE_LOCK | ft.OBJECT_MAP | ft.FAST_DIFF | ft.DEEP_FLATTEN
@@ -155,7 +157,62 @@ def protected(io: ObjectContext) -> None:
         image.protect_snap("one")
 
 
+def grouped(io: ObjectContext) -> None:
+    """Two members, of which one has been in a snapshot of the group."""
+    for name in ("disk", "second"):
+        fill(io, name)
+    R.group_create(io, "group")
+    group = rbd.Group(io, "group")
+    for name in ("disk", "second"):
+        group.add_image(io, name)
+
+
+def lonely(io: ObjectContext) -> None:
+    fill(io)
+    R.group_create(io, "group")
+
+
+def group_snapshot(io: ObjectContext) -> None:
+    grouped(io)
+    rbd.Group(io, "group").create_snap("one")
+    for name in ("disk", "second"):
+        with rbd.Image(io, name) as image:
+            image.write(b"7" * 5000, 0)
+
+
+def group_create(io: ObjectContext) -> None:
+    """What a crash left of a group has its name; removing it gives the name back."""
+    if R.group_list(io):
+        R.group_remove(io, "group")
+    R.group_create(io, "group")
+
+
+def group_snap_create(io: ObjectContext) -> None:
+    """What a crash left of a snapshot is listed as incomplete; removing it gives the name back."""
+    group = rbd.Group(io, "group")
+    for row in group.list_snaps():
+        if row["state"] != rbd.RBD_GROUP_SNAP_STATE_COMPLETE:
+            group.remove_snap(row["name"])
+    group.create_snap("new")
+
+
 OPERATIONS = {
+    "group create": Operation(lambda io: None, group_create),
+    "group remove": Operation(group_snapshot, lambda io: R.group_remove(io, "group")),
+    "group rename": Operation(grouped, lambda io: R.group_rename(io, "group", "renamed")),
+    "group add": Operation(
+        lonely,
+        lambda io: rbd.Group(io, "group").add_image(io, "disk"),
+    ),
+    "group leave": Operation(grouped, lambda io: rbd.Group(io, "group").remove_image(io, "disk")),
+    "group snapshot create": Operation(grouped, group_snap_create),
+    "group snapshot remove": Operation(group_snapshot, lambda io: rbd.Group(io, "group").remove_snap("one")),
+    "group snapshot rename": Operation(group_snapshot, lambda io: rbd.Group(io, "group").rename_snap("one", "1")),
+    "group rollback": Operation(group_snapshot, lambda io: rbd.Group(io, "group").rollback_to_snap("one")),
+    "namespace create": Operation(lambda io: None, lambda io: R.namespace_create(io, "space")),
+    "namespace remove": Operation(
+        lambda io: R.namespace_create(io, "space"), lambda io: R.namespace_remove(io, "space")
+    ),
     "create": Operation(lambda io: None, create),
     "snapshot create": Operation(fill, on("disk", lambda image: image.create_snap("new"))),
     "snapshot remove": Operation(fill, on("disk", lambda image: image.remove_snap("one"))),
@@ -266,12 +323,32 @@ def maps(image: rbd.Image) -> list[str]:
         return [f"{failure.strerror}"]
 
 
+def _kind(snap: dict[str, Any]) -> str:
+    if snap["namespace"] == rbd.RBD_SNAP_NAMESPACE_TYPE_GROUP:
+        return f"of the group: {snap['group'] and snap['group']['snap_name']}"
+    return "trashed"
+
+
+def groups_of(io: ObjectContext, labels: dict[str, str]) -> dict[str, Any]:
+    """The groups of a pool; their ids and those of their snapshots get labels."""
+    found: dict[str, Any] = {}
+    for name in R.group_list(io):
+        group = rbd.Group(io, name)
+        labels[group.id()] = f"group {name}"
+        rows = list(group.list_snaps())
+        for row in rows:
+            labels[group.get_snap_info(row["name"])["id"]] = f"group snapshot {row['name']}"
+        members = sorted((row["name"], row["state"]) for row in group.list_images())
+        found[name] = [members, sorted((row["name"], row["state"]) for row in rows)]
+    return found
+
+
 def describe(io: ObjectContext, name: str, labels: dict[str, str]) -> dict[str, Any]:
     """All that a user sees of an image, and what its object maps have wrong."""
     with rbd.Image(io, name, read_only=True) as image:
         snaps = []
         for snap in list(image.list_snaps()):
-            labels[f"{snap['id']:016x}"] = snap["name"] if snap["namespace"] == 0 else "trashed"
+            labels[f"{snap['id']:016x}"] = snap["name"] if snap["namespace"] == 0 else _kind(snap)
             protected = snap["namespace"] == 0 and image.is_protected_snap(snap["name"])
             image.set_snap_by_id(snap["id"])
             kids = sorted(child["image"] for child in image.list_children2())
@@ -287,6 +364,7 @@ def describe(io: ObjectContext, name: str, labels: dict[str, str]) -> dict[str, 
             "overlap": image.overlap(),
             "parent": header.parent.exists,
             "metadata": list(image.metadata_list()),
+            "group": image.group()["name"],
             "snapshots": snaps,
             "maps": maps(image) if header.has(ft.OBJECT_MAP) else None,
         }
@@ -307,6 +385,9 @@ def survey(folder: str) -> dict[str, Any]:
                 images[name] = describe(io, name, labels)
             except (OSError, rbd.Error) as failure:
                 images[name] = f"cannot be opened: {failure}"
+        groups = {}
+        with suppress(rbd.Error):  # a header may be missing
+            groups = groups_of(io, labels)
         rows = []
         for oid in io.objects():
             kind, *parts = oid.split(".")
@@ -315,13 +396,15 @@ def survey(folder: str) -> dict[str, Any]:
             else:
                 parts = [labels.get(part, part) for part in parts]
             rows.append(".".join([kind, *parts]))
-            if oid in ("rbd_directory", "rbd_children", "rbd_trash"):
+            if oid in DIRECTORIES or oid.startswith("rbd_group_header."):
                 for key in io.read(oid, [OmapGetKeys()])[0][0]:
                     text = key.decode(errors="replace")
                     for image_id, label in labels.items():
                         text = text.replace(image_id, label)
                     rows.append(f"{oid}: {text}" if oid != "rbd_children" else f"{oid}: a clone")
-        return {"images": images, "trash": sorted(labels[e["id"]] for e in R.trash_list(io)), "objects": sorted(rows)}
+        trash = sorted(labels[e["id"]] for e in R.trash_list(io))
+        spaces = R.namespace_list(io)
+        return {"images": images, "trash": trash, "groups": groups, "namespaces": spaces, "objects": sorted(rows)}
 
 
 def tidy(folder: str) -> list[str]:

@@ -31,6 +31,13 @@ class Program:
     def image(self, name: str, **named: Any) -> Any:
         return self.rbd.Image(self.io, name, **named)
 
+    def failure(self, call: Any) -> Any:
+        """The class and errno of what a call raises."""
+        try:
+            return call()
+        except self.rbd.Error as failure:
+            return [type(failure).__name__, failure.errno]
+
     def make(self, name: str, create: Any) -> None:
         """With an id of the usual length: encodings that hold it then have equal lengths whoever made it."""
         for _ in range(50):
