@@ -15,7 +15,11 @@ from librbd_py.image.ownership import Owner, Ownership, Watching
 
 
 def with_take(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="fence an owner that refuses or does not answer")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="fence an owner that refuses or does not answer (embedded store: kills its process)",
+    )
     parser.add_argument(
         "--timeout", type=float, default=ownership.TAKE_SECONDS, help="how long to ask, in seconds [default: 60]"
     )
@@ -87,7 +91,7 @@ def _owner_lines(owner: Owner) -> list[str]:
     answer, watching = owner.answer, owner.watching
     if answer is not None:
         lines.append(f"process:    {ownership.named(answer)}")
-        lines += [f"{key + ':':<12}{value}" for key, value in answer.about.items()]
+        lines += [f"{key + ':':<11} {value}" for key, value in answer.about.items()]
     elif owner.process is not None:
         lines.append(f"process:    pid {owner.process.pid} on this machine")
     elif watching is not None and watching.answered:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.fault.lock_contestant import BLOCKS, Player
 from tests.fault.lock_rig import Rig, ceph_rig, embedded_rig
 
-ROUNDS = 2000 if os.environ.get("RBDPY_SOAK") else 50
+ROUNDS = 500 if os.environ.get("RBDPY_SOAK") else 50
 CONTESTANTS = 8
 REAL = (1, 3, 6)  # of the contestants on Ceph
 BLOCKS_A_TURN = 4
