@@ -217,7 +217,7 @@ class AsyncImage(Face):
         self,
         offset: int,
         length: int,
-        from_snapshot: str | bytes | None,
+        from_snapshot: str | bytes | int | None,
         iterate_cb: Any,
         include_parent: bool = True,
         whole_object: bool = False,
@@ -244,6 +244,9 @@ class AsyncImage(Face):
     watchers_list = listing(face.Image.watchers_list)
     register_update_watch = coroutine(face.Image.register_update_watch)
     unregister_update_watch = coroutine(face.Image.unregister_update_watch)
+    readv = coroutine(face.Image.readv)
+    writev = coroutine(face.Image.writev)
+    writesame = coroutine(face.Image.writesame)
     quiesce_watch = coroutine(face.Image.quiesce_watch)
     quiesce_unwatch = coroutine(face.Image.quiesce_unwatch)
     access_timestamp = coroutine(face.Image.access_timestamp)

@@ -36,7 +36,7 @@ class Child:
 def clone(
     parent_ctx: ObjectContext,
     parent_name: str,
-    snap_name: str,
+    snap_name: str | int,
     ctx: ObjectContext,
     name: str,
     options: CreateOptions = DEFAULTS,
@@ -44,7 +44,8 @@ def clone(
     clone_format: int = 2,
     parent_id: str | None = None,
 ) -> str:
-    """A copy-on-write child of a snapshot; returns its id. Format 1 needs a protected snapshot (EINVAL).
+    """A copy-on-write child of a snapshot; returns its id. Format 1 needs a protected snapshot (EINVAL). A snapshot
+    given by its id may be a group's or a mirror's; one in the trash is EINVAL.
 
     ENOENT, EEXIST; ENOSYS: features without layering; what `directory.create` raises.
     """
@@ -54,6 +55,8 @@ def clone(
         header = parent.header
         if not header.has(ft.LAYERING):
             raise OSError(errno.EINVAL, f"image {parent_name} has no layering")
+        if header.snaps[parent.snap_id].is_trash:
+            raise OSError(errno.EINVAL, "a snapshot in the trash has no new clones")
         if clone_format == 1 and header.snaps[parent.snap_id].protection != fh.PROTECTION_PROTECTED:
             raise OSError(errno.EINVAL, f"snapshot {snap_name!r} is not protected")
         require_free(ctx, name)

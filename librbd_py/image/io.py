@@ -12,6 +12,7 @@ from .handle import ImageHandle
 from .objects import ignoring
 
 UPDATE_SECONDS = 60.0  # rbd_atime_update_interval, rbd_mtime_update_interval
+REPEATED = 4 << 20  # bytes of a repeated pattern written at once
 MAX_DISCARD = (1 << 31) - 1  # bytes in one call, as the Python module of Ceph
 
 
@@ -65,6 +66,24 @@ def write_zeroes(handle: ImageHandle, offset: int, length: int, *, thick: bool =
     if length:
         before_write(handle)
         handle.data.write_zeroes(offset, length, unmap=not thick)
+
+
+def write_same(handle: ImageHandle, offset: int, length: int, data: bytes) -> int:
+    """`data` again and again. EINVAL: not a whole number of times, or beyond the image; EROFS."""
+    handle.require_writable()
+    if not data or length % len(data) or clip(handle, offset, length) != length:
+        raise OSError(errno.EINVAL, f"{length} bytes from {offset} are no repetitions of {len(data)} within the image")
+    if not length:
+        return 0
+    before_write(handle)
+    if not any(data):
+        handle.data.write_zeroes(offset, length)
+        return length
+    step = max(REPEATED // len(data), 1) * len(data)
+    block = data * (min(step, length) // len(data))
+    for at in range(0, length, step):
+        handle.data.write(offset + at, block[: length - at])
+    return length
 
 
 def compare_and_write(handle: ImageHandle, offset: int, compare: bytes, data: bytes) -> int | None:

@@ -63,11 +63,14 @@ def states_of(handle: ImageHandle, progress: Progress | None = None) -> dict[int
 
 
 def rebuild(handle: ImageHandle, progress: Progress | None = None) -> None:
-    """Writes all maps anew and clears the invalid flags. EINVAL: the image has none; EROFS."""
-    handle.require_writable()
+    """Writes all maps anew and clears the invalid flags, also of an image that is open at a snapshot. EINVAL: the image
+    has none; EROFS."""
+    if handle.read_only:
+        raise OSError(errno.EROFS, "the image is open read-only")
     if not handle.header.has(ft.OBJECT_MAP):
         raise OSError(errno.EINVAL, "the image has no object map")
-    perform(handle, nf.RebuildObjectMap, lambda: _rebuild(handle, progress), progress)
+    with handle.at_head():
+        perform(handle, nf.RebuildObjectMap, lambda: _rebuild(handle, progress), progress)
 
 
 def _rebuild(handle: ImageHandle, progress: Progress | None) -> None:

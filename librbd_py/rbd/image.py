@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal
@@ -276,6 +277,35 @@ class Image(ImageSnaps, ImageAio, ImageLocks, ImageMeta):
             return io.compare_and_write(self.handle, offset, compare, data)
 
     @requires_not_closed
+    def readv(self, buffers: Sequence[Any], offset: int) -> int:
+        """librbd's `rbd_aio_readv`, which Ceph's module does not offer: one read into several writable buffers, as
+        `os.preadv`. How many bytes; short at the end of the image."""
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        data = self.read(offset, sum(len(view) for view in views))
+        at = 0
+        for view in views:
+            part = data[at : at + len(view)]
+            view[: len(part)] = part
+            at += len(part)
+        return len(data)
+
+    @requires_not_closed
+    def writev(self, buffers: Sequence[Any], offset: int) -> int:
+        """librbd's `rbd_aio_writev`, which Ceph's module does not offer: one write from several buffers, as
+        `os.pwritev`. As `write`."""
+        return self.write(b"".join(bytes(buffer) for buffer in buffers), offset)
+
+    @requires_not_closed
+    def writesame(self, offset: int, length: int, data: bytes, fadvise_flags: int = 0) -> int:
+        """librbd's `rbd_writesame`, which Ceph's module does not offer: fills a range with repetitions of `data`. How
+        many bytes. InvalidArgument: `length` is no multiple of its length, or beyond the image."""
+        if not isinstance(data, bytes):
+            raise TypeError("data must be a byte string")
+        offset, length = number(offset), number(length, kind="size_t")
+        with rbd_errors(f"error writing to {self.label}"):
+            return io.write_same(self.handle, offset, length, data)
+
+    @requires_not_closed
     def flush(self) -> None:
         with rbd_errors("error flushing image"):
             io.flush(self.handle)
@@ -347,17 +377,22 @@ class Image(ImageSnaps, ImageAio, ImageLocks, ImageMeta):
         self,
         offset: int,
         length: int,
-        from_snapshot: str | bytes | None,
+        from_snapshot: str | bytes | int | None,
         iterate_cb: Any,
         include_parent: bool = True,
         whole_object: bool = False,
     ) -> None:
-        """Calls iterate_cb(offset, length, exists) for what changed since the snapshot; None: for what there is.
+        """Calls iterate_cb(offset, length, exists) for what changed since the snapshot (its name or, as in newer
+        releases, its id); None: for what there is.
 
         What the callback raises ends it and is raised; so does a negative result (IOError).
         """
         offset, length = number(offset), number(length)
-        start = None if from_snapshot is None else text(from_snapshot, "from_snapshot")
+        start: str | int | None
+        if from_snapshot is None or isinstance(from_snapshot, int):
+            start = from_snapshot
+        else:
+            start = text(from_snapshot, "from_snapshot")
         raised: list[BaseException] = []
 
         def found(at: int, size: int, data: bool) -> int:

@@ -66,7 +66,7 @@ class RBD(PoolGroups):
         self,
         p_ioctx: Any,
         p_name: str | bytes,
-        p_snapname: str | bytes,
+        p_snapname: str | bytes | int,
         c_ioctx: Any,
         c_name: str | bytes,
         features: int | None = None,
@@ -76,9 +76,10 @@ class RBD(PoolGroups):
         data_pool: str | bytes | None = None,
     ) -> None:
         """A copy-on-write child of a snapshot. Its format: the option rbd_default_clone_format, else 2 where every
-        client of the cluster must understand that."""
+        client of the cluster must understand that. The snapshot may be given by its id, as in newer releases: also one
+        of a group."""
         parent, child = text(p_name, "p_name"), text(c_name, "c_name")
-        snap = text(p_snapname, "p_snapname")
+        snap = number(p_snapname) if isinstance(p_snapname, int) else text(p_snapname, "p_snapname")
         chosen = options(order, features, stripe_unit, stripe_count, data_pool)
         with rbd_errors("error creating clone"):
             ctx = context(c_ioctx)
