@@ -84,6 +84,10 @@ static enum handled set_features(struct vhost_session *s, uint64_t features)
     if (any_running(s) && (features ^ s->features) & ~(BIT(VHOST_F_LOG_ALL) | BIT(F_PROTOCOL_FEATURES)))
         return VIOLATION; /* only logging may change under a running ring */
     s->features = features;
+    /* QEMU 7.2 does not notice a back end that comes back while its guest is still on the way from another host: it goes
+     * on where it was, with what it negotiated with the one before, which offered what we offer. */
+    if (features & BIT(F_PROTOCOL_FEATURES) && !s->protocol_said)
+        s->protocol = VHOST_PROTOCOL_FEATURES;
     if (!(features & BIT(F_PROTOCOL_FEATURES)))
         for (unsigned n = 0; n < VHOST_QUEUES_MAX; n++)
             s->rings[n].enabled = true;
@@ -97,6 +101,7 @@ static enum handled set_protocol_features(struct vhost_session *s, uint64_t feat
     if (features & ~VHOST_PROTOCOL_FEATURES || (any_running(s) && features != s->protocol))
         return VIOLATION;
     s->protocol = features;
+    s->protocol_said = true;
     return HANDLED;
 }
 

@@ -49,6 +49,7 @@ struct vhost_session {
     struct fd_watch socket;
     struct vhost_reader in;
     uint64_t features, protocol;
+    bool protocol_said; /* SET_PROTOCOL_FEATURES was seen in this session */
     struct ring_config rings[VHOST_QUEUES_MAX];
     bool addressed[VHOST_QUEUES_MAX];          /* SET_VRING_ADDR was seen */
     struct vhost_queue *queues[VHOST_QUEUES_MAX]; /* running ones */

@@ -18,6 +18,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from librbd_py.image.locks import watchers
 from qemu_glue import events
 from qemu_glue.exports import Export, NBDServer, start_reactors, vhost_user_blk
 from qemu_glue.handoff import HandOff
@@ -29,6 +30,7 @@ OPEN_SECONDS = 60.0  # how long a front end is kept waiting for its image
 UNUSED_SECONDS = 15.0  # an image that was opened and that nobody uses; longer than an NBD handshake may take
 LINGER_SECONDS = 3600.0  # a VM that is kept suspended where it went takes its lock when it is resumed
 LINGER_LOOK_SECONDS = 0.05
+ALONE_SECONDS = 2.0  # between looks whether anybody else has the image open
 DRAIN_SECONDS = 60.0  # after which the log says that a request is stuck
 QUEUES = 64  # offered to every guest; it uses as many as its device has
 
@@ -201,10 +203,17 @@ class Attachment:
     async def _linger(self, node: Node) -> None:
         self.state = "lingering"
         end = self._loop.time() + LINGER_SECONDS
+        look, alone = self._loop.time() + ALONE_SECONDS, 0
         while node.handle.handing_over and self._loop.time() < end:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wanted_here.wait(), LINGER_LOOK_SECONDS)
                 return
+            if self._loop.time() > look:
+                look = self._loop.time() + ALONE_SECONDS
+                alone = alone + 1 if await asyncio.to_thread(_is_alone, node) else 0
+                if alone == 2:
+                    log.warning("%s: nobody is there any more to take the lock that was offered", self.path)
+                    return
 
     def stop_lingering(self) -> None:
         """The VM comes back, or the service ends: an offer that nobody took is withdrawn."""
@@ -224,3 +233,11 @@ class Attachment:
             "lock-owner": node is not None and node.handle.is_lock_owner,
             "read-only": node is not None and node.read_only,
         }
+
+
+def _is_alone(node: Node) -> bool:
+    """No other client watches the image: whoever was to take the lock is gone."""
+    try:
+        return len(watchers(node.handle)) < 2
+    except OSError:
+        return False  # the store is away

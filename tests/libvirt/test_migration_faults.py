@@ -18,12 +18,17 @@ from tests.libvirt.hosts import Host, HostError, wait_for
 from tests.libvirt.world import Events, World, slow
 
 TRIES = 4  # of what has to happen within milliseconds
-STORES = ["embedded", "ceph"]
+SOAK = bool(os.environ.get("RBDPY_SOAK"))
 
 
-@pytest.fixture(params=STORES)
+@pytest.fixture
 def domain(world: World, request: pytest.FixtureRequest) -> Domain:
     return world.running("vhost-user", request.param)
+
+
+def on(store: str) -> pytest.MarkDecorator:
+    """The store of the test's domain; `make soak` takes both."""
+    return pytest.mark.parametrize("domain", ["embedded", "ceph"] if SOAK else [store], indirect=True)
 
 
 @contextmanager
@@ -50,6 +55,7 @@ def kill_qemu(host: Host, domain: Domain) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+@on("ceph")
 def test_the_hook_of_the_destination_refuses(world: World, domain: Domain) -> None:
     world.beta.kill_service()
     with pytest.raises(HostError, match="rbdpy"):
@@ -58,6 +64,7 @@ def test_the_hook_of_the_destination_refuses(world: World, domain: Domain) -> No
     goes_on(world, domain, world.alpha)
 
 
+@on("embedded")
 def test_the_service_of_the_destination_hangs(world: World, domain: Domain) -> None:
     world.beta.service.send_signal(signal.SIGSTOP)
     with pytest.raises(HostError):
@@ -66,8 +73,9 @@ def test_the_service_of_the_destination_hangs(world: World, domain: Domain) -> N
     goes_on(world, domain, world.alpha)
 
 
+@on("ceph")
 def test_the_destination_dies_in_precopy(world: World, domain: Domain) -> None:
-    slow(world.alpha, domain, 4)
+    slow(world.alpha, domain, 24)
     with world.migrating(domain, world.alpha, world.beta) as attempt:
         attempt.wait_for_part(0.2)
         kill_qemu(world.beta, domain)
@@ -75,9 +83,10 @@ def test_the_destination_dies_in_precopy(world: World, domain: Domain) -> None:
     goes_on(world, domain, world.alpha)
 
 
+@on("embedded")
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_it_is_cancelled(world: World, domain: Domain, share: float) -> None:
-    slow(world.alpha, domain, 8)
+    slow(world.alpha, domain, 32)
     with world.migrating(domain, world.alpha, world.beta) as attempt:
         attempt.wait_for_part(share)
         try:
@@ -87,8 +96,9 @@ def test_it_is_cancelled(world: World, domain: Domain, share: float) -> None:
     goes_on(world, domain, world.alpha if attempt.failure else world.beta)
 
 
+@on("embedded")
 def test_libvirtd_of_the_source_is_killed(world: World, domain: Domain) -> None:
-    slow(world.alpha, domain, 4)
+    slow(world.alpha, domain, 24)
     with world.migrating(domain, world.alpha, world.beta) as attempt:
         attempt.wait_for_part(0.3)
         world.alpha.kill_libvirtd()
@@ -98,6 +108,7 @@ def test_libvirtd_of_the_source_is_killed(world: World, domain: Domain) -> None:
     goes_on(world, domain, world.where(domain)[0])
 
 
+@on("ceph")
 def test_the_destination_dies_between_release_and_resume(world: World, domain: Domain) -> None:
     """The lock is offered, the VM stands still: the source goes on by itself and takes the lock back."""
     for _ in range(TRIES):
@@ -117,6 +128,7 @@ def test_the_destination_dies_between_release_and_resume(world: World, domain: D
     goes_on(world, domain, world.alpha)
 
 
+@on("ceph")
 def test_the_source_dies_after_the_destination_runs(world: World, domain: Domain) -> None:
     with events_of(world.beta) as events:
         events.at_once("RBD_HANDOFF_TAKEN", lambda: kill_qemu(world.alpha, domain))
@@ -127,6 +139,7 @@ def test_the_source_dies_after_the_destination_runs(world: World, domain: Domain
     goes_on(world, domain, world.beta)
 
 
+@on("ceph")
 def test_a_third_client_wants_the_lock_in_the_gap(world: World, domain: Domain) -> None:
     """It asks from the moment the lock is offered: it waits, gets it from the VM's next host, and gives it back."""
     failures: list[BaseException] = []
@@ -178,9 +191,10 @@ def test_somebody_breaks_the_lock_in_the_gap(world: World) -> None:
     pytest.fail("the destination was always faster")
 
 
+@on("ceph")
 @pytest.mark.parametrize("side", ["source", "destination"])
 def test_a_service_is_killed_in_precopy(world: World, domain: Domain, side: str) -> None:
-    slow(world.alpha, domain, 8)
+    slow(world.alpha, domain, 32)
     host = world.alpha if side == "source" else world.beta
     with world.migrating(domain, world.alpha, world.beta) as attempt:
         attempt.wait_for_part(0.3)

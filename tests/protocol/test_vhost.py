@@ -403,3 +403,23 @@ def test_front_end_without_any_protocol_feature(vhost: Server) -> None:
         assert front.read(0, 512) == b"n" * 512
     with frontend(vhost.path, protocol=1 << P_REPLY_ACK | 1 << P_INFLIGHT) as front:
         assert front.read(0, 512) == b"n" * 512
+
+
+def test_front_end_that_goes_on_where_it_was_with_the_back_end_before(vhost: Server) -> None:
+    """QEMU 7.2, when its back end is restarted while a migration comes in: it starts its rings and negotiates
+    nothing."""
+    with frontend(vhost.path) as first:
+        features, protocol = first.features, first.protocol
+    front = Frontend(vhost.path)
+    front.features, front.protocol = features, protocol
+    try:
+        front.set_features()
+        front.get_inflight(1, 128)
+        front.set_inflight()
+        memory = Memory()
+        front.set_memory(memory)
+        front.start(0, Queue(memory))
+        assert front.write(8, b"again" + bytes(507)) == OK
+        assert front.read(8, 512)[:5] == b"again"
+    finally:
+        front.close()
