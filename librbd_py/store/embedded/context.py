@@ -260,7 +260,9 @@ def _takes_room(op: Any) -> bool:
     """Adds something that a user asked for. What else is written, to remove things too (locks, flags), is small."""
     if isinstance(op, api.Exec):
         return op.method in ADDING or (len(op.data) > SMALL and "remove" not in op.method)
-    if isinstance(op, api.Write | api.WriteFull | api.Append | api.WriteSame | api.SetXattr):
+    if isinstance(op, api.Append):
+        return True  # whatever its size: done again it might be there twice
+    if isinstance(op, api.Write | api.WriteFull | api.WriteSame | api.SetXattr):
         data = op.value if isinstance(op, api.SetXattr) else op.data
         return len(data) > SMALL
     return isinstance(op, api.OmapSet) and sum(map(len, op.values.values())) > SMALL
