@@ -32,6 +32,7 @@ LINGER_SECONDS = 3600.0  # a VM that is kept suspended where it went takes its l
 LINGER_LOOK_SECONDS = 0.05
 ALONE_SECONDS = 2.0  # between looks whether anybody else has the image open
 DRAIN_SECONDS = 60.0  # after which the log says that a request is stuck
+NBD_CONNECTIONS_MAX = 32  # of one process
 QUEUES = 64  # offered to every guest; it uses as many as its device has
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class Attachment:
             export = vhost_user_blk(self.number, node.native, None, writable=writable, num_queues=QUEUES, serial=serial)
             self._exports.append((self.number, export))
             return
-        self._server = NBDServer()
+        self._server = NBDServer(NBD_CONNECTIONS_MAX)
         for offset, name in enumerate(("", self.disk.target or self.disk.image)):
             self._follow(self.number + offset)
             export = self._server.export(self.number + offset, node.native, name, writable=writable)

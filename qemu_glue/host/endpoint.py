@@ -16,7 +16,7 @@ from qemu_glue.host.peer import Peer, peer_of
 from qemu_glue.libvirt.domain import ServedDisk
 
 ACCEPTED_AT_ONCE = 16  # then others get their turn on the loop
-CONNECTIONS_MAX = 16  # of one socket, those that wait included
+CONNECTIONS_MAX = 16  # of one socket that wait to be served
 SILENT_SECONDS = 10.0  # how long a vhost-user front end may say nothing before its image is opened
 PAUSE_SECONDS = 1.0  # after accept failed, for want of descriptors most likely
 
@@ -74,11 +74,6 @@ class Endpoint:
             self._sock.close()
             self._sock = None
             sockets.remove(self.path)
-
-    async def wait(self) -> None:
-        """Until nobody is being served who came before close()."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
 
     def _accept(self) -> None:
         assert self._sock is not None

@@ -42,6 +42,7 @@ PREPARE_SECONDS = 4.0  # the hook waits 5
 SWEEP_SECONDS = 30.0  # between looks for VMs that are gone without a word
 GRACE_SECONDS = 120.0  # from `prepare` until there must be a QEMU
 VMS_MAX = 4096
+ATTACHMENTS_MAX = 8  # processes that have one disk open: two hosts on one machine in a migration, a backup, ...
 CONNECTIONS_MAX = 8192
 AGAIN_SECONDS = 0.5  # between attempts to open an image for a QEMU that waits
 HOPELESS = (errno.ENOENT, errno.ENOSYS, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -316,18 +317,20 @@ class HostService:
     # --- connections
 
     async def _connected(self, endpoint: Endpoint, sock: socket.socket, peer: Peer) -> None:
-        """Serves one accepted socket until its attachment has ended."""
+        """Has one accepted socket served, or gives it up."""
         key = (endpoint.path, peer.pid or id(sock))
         attachment = await self._served(endpoint, sock, peer, key)
-        if attachment is None:
-            return
-        self._emit("RBD_DISK_CONNECTED", self._event(attachment))
-        with _watching(self._loop, peer.pidfd, attachment.close):
-            await attachment.closed.wait()
+        if attachment is not None:
+            self._emit("RBD_DISK_CONNECTED", self._event(attachment))
 
-    async def _until_closed(self, key: tuple[str, int], attachment: Attachment) -> None:
-        """Whatever ended it, also an opening that nobody waited for."""
-        await attachment.closed.wait()
+    async def _until_closed(self, key: tuple[str, int], attachment: Attachment, pidfd: int) -> None:
+        """Whatever ends it, also an opening that nobody waited for. Owns the pidfd."""
+        try:
+            with _watching(self._loop, pidfd, attachment.close):
+                await attachment.closed.wait()
+        finally:
+            if pidfd >= 0:
+                os.close(pidfd)
         if self.attachments.get(key) is attachment:
             del self.attachments[key]
         if attachment.node is not None:
@@ -347,8 +350,12 @@ class HostService:
             await self._make_room(endpoint, key)
             attachment = self.attachments.get(key)
             if attachment is None:
+                if sum(path == endpoint.path for path, _ in self.attachments) >= ATTACHMENTS_MAX:
+                    log.warning("%s: %d processes have it open: no more", endpoint.path, ATTACHMENTS_MAX)
+                    return None
                 attachment = self.attachments[key] = self._attach(endpoint, peer)
-                task = self._loop.create_task(self._until_closed(key, attachment))
+                pidfd = os.dup(peer.pidfd) if peer.pidfd >= 0 else -1
+                task = self._loop.create_task(self._until_closed(key, attachment, pidfd))
                 self._ends.add(task)
                 task.add_done_callback(self._ends.discard)
             try:
