@@ -15,7 +15,7 @@ DEADLINE = 150.0
 @pytest.mark.vm
 @pytest.mark.parametrize("kind", ["vhost-user", "nbd"])
 def test_killed_daemon_comes_back_and_the_guest_sees_no_error(rig: Rig, kind: str) -> None:
-    asyncio.run(killed_daemon(rig, kind, kills=3 if kind == "vhost-user" else 1))
+    asyncio.run(killed_daemon(rig, kind, kills=13 if kind == "vhost-user" else 1))
 
 
 async def killed_daemon(rig: Rig, kind: str, kills: int) -> None:
@@ -24,7 +24,7 @@ async def killed_daemon(rig: Rig, kind: str, kills: int) -> None:
     await daemon.start()
     try:
         disk = await serve(daemon, "disk", kind, rig.socket("disk.sock"), queues=1)
-        append = "rbdpy.mode=load rbdpy.threads=8 rbdpy.seconds=14 rbdpy.blocks=4096"
+        append = f"rbdpy.mode=load rbdpy.threads=8 rbdpy.seconds={12 + kills} rbdpy.blocks=4096"
         with rig.guest(disk, append) as guest:
             for _ in range(kills):
                 seen = len(guest.console)
