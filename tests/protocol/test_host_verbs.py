@@ -122,8 +122,8 @@ def test_a_vm_comes_and_goes(host: Host) -> None:
             await until(lambda: _empty(host), "the image to be closed")
             await host.tell("stopped")
             await host.tell("release")
+            await until(lambda: not (host.run / UUID).exists(), "the VM to be forgotten")
             assert await host.vms() == []
-            assert not (host.run / UUID).exists()
 
     run(work())
 
