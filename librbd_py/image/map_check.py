@@ -63,14 +63,20 @@ def states_of(handle: ImageHandle, progress: Progress | None = None) -> dict[int
 
 
 def rebuild(handle: ImageHandle, progress: Progress | None = None) -> None:
-    """Writes all maps anew and clears the invalid flags, also of an image that is open at a snapshot. EINVAL: the image
-    has none; EROFS."""
+    """Writes all maps anew and clears the invalid flags; when the image is open at a snapshot, that one's alone.
+    EINVAL: the image has none; EROFS."""
     if handle.read_only:
         raise OSError(errno.EROFS, "the image is open read-only")
     if not handle.header.has(ft.OBJECT_MAP):
         raise OSError(errno.EINVAL, "the image has no object map")
-    with handle.at_head():
+    if handle.snap_id == NOSNAP:
         perform(handle, nf.RebuildObjectMap, lambda: _rebuild(handle, progress), progress)
+        return
+    # What changes the map of a snapshot later, a copy-up, does so without the lock, so this needs none either.
+    states = states_of(handle, progress)[handle.snap_id]
+    object_map.save(handle.ctx, handle.id, handle.snap_id, states)
+    object_map.set_flags(handle.ctx, handle.oid, handle.snap_id, 0, BOTH_INVALID)
+    handle.changed()
 
 
 def _rebuild(handle: ImageHandle, progress: Progress | None) -> None:

@@ -5,7 +5,7 @@
  *                        snapshots of the clone would see it
  *   whole object dropped REMOVE; where a parent shows through: an empty object (tombstone) instead, and copy-up before
  *                        when the clone has snapshots: they show the parent's data, and flatten counts on their having it
- *   end dropped          TRUNCATE;  inside: ZERO.  Absent: nothing, or copy-up first when the bytes must be zero
+ *   end dropped          TRUNCATE;  inside: ZERO.  Absent: copy-up first where a parent shows through, as librbd
  *   zeroes, kept space   a write of zeros;  small and sparse: a write of zeros only if the object exists
  */
 #include <errno.h>
@@ -36,8 +36,7 @@ static enum step_outcome prepare_drop(struct piece *p, uint64_t end, uint64_t pr
 {
     const struct req *r = p->req;
     uint64_t from = p->op.off, to = from + p->op.len, grain = p->view->discard_granularity;
-    p->exact = r->type == REQ_WRITE_ZEROES || r->flags & REQ_EXACT;
-    if (!p->exact && grain) {
+    if (r->type == REQ_DISCARD && !(r->flags & REQ_EXACT) && grain) {
         from = (from + grain - 1) & ~(grain - 1);
         if (to < end)
             to &= ~(grain - 1);
@@ -55,7 +54,6 @@ static enum step_outcome prepare_drop(struct piece *p, uint64_t end, uint64_t pr
         p->op.type = to >= end ? STORE_TRUNCATE : STORE_ZERO;
     bool seen = p->op.snapc && p->op.snapc->count > 0;
     p->op.flags = whole && prefix && !seen ? STORE_CREATE : 0;
-    p->exact = p->exact || (whole && prefix);
     return STEP_AGAIN;
 }
 
@@ -65,7 +63,6 @@ enum step_outcome write_prepare(struct piece *p, uint64_t objno, uint64_t off, u
     uint64_t prefix = view_parent_prefix(v, objno);
     *err = 0;
     p->step = PIECE_CHANGE;
-    p->exact = true;
     p->op.objno = objno;
     p->op.off = off;
     p->op.len = len;
@@ -92,7 +89,7 @@ static enum step_outcome absent(struct piece *p, int *err)
             p->op.flags = 0;
             return STEP_AGAIN;
         }
-    } else if (!p->exact || prefix <= p->op.off) {
+    } else if (prefix <= p->op.off) {
         return STEP_DONE;
     }
     copyup_join(p);

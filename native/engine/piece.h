@@ -37,7 +37,6 @@ struct piece {
     void *owner;        /* of finish: split, copyup */
     uint8_t step;       /* enum piece_step */
     bool blocking;      /* this thread may block */
-    bool exact;         /* PIECE_CHANGE: an absent object over a parent with data must be copied up */
     struct iovec *iovs; /* op.iov points here, or to the request's own */
     uint32_t iov_room;
     struct iovec inline_iovs[PIECE_IOVS];

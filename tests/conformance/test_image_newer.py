@@ -7,7 +7,7 @@ from image_fixtures import MIB, Cluster, R, cluster, io, refused
 
 from librbd_py import rbd
 from librbd_py.image import map_check, object_map
-from librbd_py.store.api import ObjectContext
+from librbd_py.store.api import NOSNAP, ObjectContext
 
 __all__ = ["cluster", "io"]
 
@@ -90,11 +90,45 @@ def test_maps_are_rebuilt_from_an_image_open_at_a_snapshot(io: ObjectContext, cl
         image.write(b"x", 0)
         image.create_snap("s")
         snap_id = image.snap_get_id("s")
-        object_map.invalidate(io, image.handle.oid, [snap_id], map_check.BOTH_INVALID)
+        object_map.invalidate(io, image.handle.oid, [snap_id, NOSNAP], map_check.BOTH_INVALID)
     with rbd.Image(io, "a", snapshot="s") as image:
         assert image.flags() == map_check.BOTH_INVALID
         image.rebuild_object_map()
         assert image.flags() == 0 and image.read(0, 2) == b"x\0"
         refused(rbd.ReadOnlyImage, 30, image.write, b"y", 0)
+        image.set_snap(None)
+        assert image.flags() == map_check.BOTH_INVALID
+        image.rebuild_object_map()
+        assert image.flags() == 0 and map_check.differences(image.handle) == []
     with rbd.Image(io, "a", snapshot="s", read_only=True) as image:
         refused(rbd.ReadOnlyImage, 30, image.rebuild_object_map)
+
+
+def test_discards_reach_what_only_the_parent_has(io: ObjectContext) -> None:
+    """As in librbd: in whole steps of the discard granularity."""
+    R.create(io, "a", 16 * MIB)
+    with rbd.Image(io, "a") as image:
+        image.write(b"p" * 10 * MIB, 0)
+        image.create_snap("s")
+    for name, snaps in (("kid", ()), ("old kid", ("mine",))):
+        R.clone(io, "a", "s", io, name)
+        with rbd.Image(io, name) as kid:
+            for snap in snaps:
+                kid.create_snap(snap)
+            expected = bytearray(b"p" * 10 * MIB + bytes(6 * MIB))
+            for at, length, first, last in (
+                (65536, 65536, 65536, 131072),
+                (4 * MIB + 4096, 8192, 0, 0),
+                (4 * MIB + 4096, 131072, 4 * MIB + 65536, 4 * MIB + 131072),
+                (6 * MIB, 2 * MIB, 6 * MIB, 8 * MIB),
+                (8 * MIB, MIB, 8 * MIB, 9 * MIB),
+                (12 * MIB, 65536, 0, 0),
+            ):
+                kid.discard(at, length)
+                expected[first:last] = bytes(last - first)
+                assert kid.read(0, 16 * MIB) == expected, (name, at)
+            for snap in snaps:
+                kid.set_snap(snap)
+                assert kid.read(0, 10 * MIB) == b"p" * 10 * MIB
+                kid.set_snap(None)
+            assert map_check.differences(kid.handle) == []
