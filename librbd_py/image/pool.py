@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 from dataclasses import dataclass
 
 from librbd_py.format import names
 from librbd_py.format.group import GROUP_DIRECTORY
 from librbd_py.store.api import ObjectContext, OmapSet, Read, Write, WriteFull
+from librbd_py.store.rados import RadosStore
 
 from . import cls
 from .cls import call, text, u8
@@ -143,3 +146,20 @@ def totals(ctx: ObjectContext) -> tuple[Totals, Totals]:
     for image_id in cls.trash_list(ctx):
         trash.add(ctx, image_id)
     return images, trash
+
+
+def usage(ctx: ObjectContext) -> tuple[int, int]:
+    """Bytes that the pool uses, and all there could be in it, as far as the store knows; (0, 0): it does not."""
+    store = ctx.store
+    if isinstance(store, RadosStore):
+        for row in json.loads(store.mon_command({"prefix": "df", "format": "json"}))["pools"]:
+            if row["id"] == ctx.pool_id:
+                used = int(row["stats"]["bytes_used"])
+                return used, used + int(row["stats"]["max_avail"])
+        return 0, 0
+    folder = getattr(store, "path", None)
+    if folder is None:
+        return 0, 0
+    disk = os.statvfs(folder)
+    used = store.pool_stats(ctx.pool_id).num_bytes
+    return used, used + disk.f_bavail * disk.f_frsize

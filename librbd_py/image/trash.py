@@ -121,3 +121,32 @@ def purge(ctx: ObjectContext, before: float) -> None:
             continue
         if cls.seconds(spec.deferment_end_time) < before:
             remove_from_trash(ctx, image_id, force=True)
+
+
+def purge_to_free(ctx: ObjectContext, wanted: int) -> None:
+    """Removes what is in the trash, whose time comes first first, until `wanted` bytes were freed or nothing is left.
+    ENOTEMPTY as for images."""
+    waiting = sorted(entries(ctx).items(), key=lambda row: (cls.seconds(row[1].deferment_end_time), row[0]))
+    for image_id, spec in waiting:
+        if wanted <= 0:
+            return
+        if spec.source != ftr.SOURCE_USER:
+            continue
+        wanted -= _allocated(ctx, image_id)
+        remove_from_trash(ctx, image_id, force=True)
+
+
+def _allocated(ctx: ObjectContext, image_id: str) -> int:
+    """Bytes that the image's own objects hold, without its snapshots'."""
+    from .diff import diff_iterate
+
+    total = 0
+
+    def found(offset: int, length: int, data: bool) -> int:
+        nonlocal total
+        total += length if data else 0
+        return 0
+
+    with ImageHandle.open(ctx, image_id=image_id, read_only=True) as handle:
+        diff_iterate(handle, 0, handle.header.size, None, found, include_parent=False)
+    return total

@@ -262,13 +262,18 @@ class RBD(PoolGroups):
             trash.restore(context(ioctx), chosen, new)
 
     def trash_purge(self, ioctx: Any, expire_ts: datetime | None = None, threshold: float = -1) -> None:
-        """Removes what expired before `expire_ts` (UTC), by default now. `threshold` needs a store that knows its fill
-        level: FunctionNotSupported."""
-        if threshold != -1:
-            raise exceptions.FunctionNotSupported("a threshold is not supported", errno.ENOSYS)
+        """Removes what expired before `expire_ts` (UTC), by default now. With a `threshold` (0 to 1) what comes first
+        instead, until the pool is filled to no more than that. InvalidArgument."""
         before = time.time() if expire_ts is None else expire_ts.replace(tzinfo=UTC).timestamp()
         with rbd_errors("error purging images from trash"):
-            trash.purge(context(ioctx), before)
+            ctx = context(ioctx)
+            if threshold == -1:
+                trash.purge(ctx, before)
+                return
+            if not 0 <= threshold <= 1:
+                raise OSError(errno.EINVAL, f"a threshold of {threshold} is not 0 to 1")
+            used, total = pool.usage(ctx)
+            trash.purge_to_free(ctx, used - int(total * threshold))
 
     def mirror_mode_get(self, ioctx: Any) -> int:
         """Disabled: mirroring is not supported."""

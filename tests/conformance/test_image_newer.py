@@ -6,7 +6,7 @@ import pytest
 from image_fixtures import MIB, Cluster, R, cluster, io, refused
 
 from librbd_py import rbd
-from librbd_py.image import map_check, object_map
+from librbd_py.image import map_check, object_map, pool, trash
 from librbd_py.store.api import NOSNAP, ObjectContext
 
 __all__ = ["cluster", "io"]
@@ -132,3 +132,25 @@ def test_discards_reach_what_only_the_parent_has(io: ObjectContext) -> None:
                 assert kid.read(0, 10 * MIB) == b"p" * 10 * MIB
                 kid.set_snap(None)
             assert map_check.differences(kid.handle) == []
+
+
+def test_purging_until_the_pool_is_less_full(io: ObjectContext) -> None:
+    """What comes first goes first; a store that does not know its size is never too full."""
+    for delay, name in enumerate(("first", "second", "third")):
+        R.create(io, name, 8 * MIB)
+        with rbd.Image(io, name) as image:
+            image.write(b"x" * 4 * MIB, 0)
+        R.trash_move(io, name, 1000 * (delay + 1))
+
+    def left() -> list[str]:
+        return sorted(row["name"] for row in R.trash_list(io))
+
+    for wrong in (1.5, -2):
+        refused(rbd.InvalidArgument, 22, R.trash_purge, io, None, wrong)
+    R.trash_purge(io, None, 1)
+    assert left() == ["first", "second", "third"]
+    used, total = pool.usage(io)
+    trash.purge_to_free(io, 5 * MIB)
+    assert left() == ["third"]
+    R.trash_purge(io, None, 0)
+    assert left() == ([] if used else ["third"]) and total >= used
