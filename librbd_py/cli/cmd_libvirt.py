@@ -32,12 +32,12 @@ def with_conversion(parser: argparse.ArgumentParser) -> None:
     specs=("domain-or-xml",),
 )
 def convert(session: Session) -> None:
-    from qemu_glue.libvirt import domain, virsh  # only here: the other commands need no libvirt
+    from qemu_glue.libvirt import client, domain  # only here: the other commands need no libvirt
 
     options = session.options
     if not options.specs:
         raise Failure("rbd: a domain, a file with its XML, or -, was not specified", 22)
-    what, uri = options.specs[0], options.connect or virsh.URI
+    what, uri = options.specs[0], options.connect or client.URI
     try:
         if what == "-":
             text = sys.stdin.buffer.read(domain.SIZE_LIMIT)
@@ -45,11 +45,11 @@ def convert(session: Session) -> None:
             with open(what, "rb") as file:
                 text = file.read(domain.SIZE_LIMIT)
         else:
-            text = virsh.domain_xml(uri, what)
+            text = client.domain_xml(uri, what)
         targets = set(options.disk) if options.disk else None
         made = domain.revert(text, targets) if options.revert else domain.convert(text, options.transport, targets)
         if options.define:
-            virsh.define(uri, made)
+            client.define(uri, made)
         else:
             sys.stdout.write(made)
     except OSError as error:

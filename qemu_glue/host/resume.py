@@ -12,11 +12,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from qemu_glue.libvirt import virsh
+from qemu_glue.libvirt import client
 
 SECONDS = 90.0  # how long after the start guests are looked at
 PAUSE = 0.5  # between looks
-VIRSH_SECONDS = 5.0
+ASK_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ async def resume(uri: str, uuids: Callable[[], set[str]]) -> None:
     while loop.time() < end:
         for uuid in uuids():
             try:
-                if await asyncio.to_thread(virsh.paused_by_an_error, uri, uuid, VIRSH_SECONDS):
-                    await asyncio.to_thread(virsh.resume, uri, uuid, VIRSH_SECONDS)
+                if await asyncio.to_thread(client.paused_by_an_error, uri, uuid, ASK_SECONDS):
+                    await asyncio.to_thread(client.resume, uri, uuid, ASK_SECONDS)
                     log.info("VM %s, paused by an I/O error, was resumed", uuid)
             except OSError as error:
                 if str(error) != told:  # no libvirt, or not its VM
