@@ -60,8 +60,8 @@ def clone(
         if clone_format == 1 and header.snaps[parent.snap_id].protection != fh.PROTECTION_PROTECTED:
             raise OSError(errno.EINVAL, f"snapshot {snap_name!r} is not protected")
         require_free(ctx, name)
-        if clone_format == 1 and (parent_ctx.namespace or ctx.namespace):
-            raise OSError(errno.EXDEV, "clones in namespaces need format 2")
+        if clone_format == 1 and parent_ctx.namespace != ctx.namespace:
+            raise OSError(errno.EXDEV, "clones across namespaces need format 2")
         image_id = create_unnamed(ctx, name, header.size_at(parent.snap_id), inherited(header, options))
         try:
             attach(parent, ctx, image_id, clone_format)

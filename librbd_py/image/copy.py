@@ -56,17 +56,17 @@ def deep_copy(
     progress: Progress | None = None,
 ) -> str:
     """A new image with content, user snapshots and, unless `flatten` or the parent's snapshot is in the trash, the
-    parent. Returns its id."""
+    parent. Open at a snapshot, the source is copied as far as that one. Returns its id."""
     header = source.header
-    order = [snap for snap in header.snaps.values() if snap.is_user]
-    first_size = order[0].size if order else header.size
-    keeps_parent = not flatten and not order and _parent_takes_clones(source)
-    image_id = create_unnamed(ctx, name, first_size, _options(source, options))
     before = source.snap_id
+    order = [snap for snap in header.snaps.values() if snap.is_user and snap.id <= before]
+    last_size = header.size_at(before)
+    keeps_parent = not flatten and _has_parent_throughout(source, [snap.id for snap in order], before)
+    image_id = create_unnamed(ctx, name, order[0].size if order else last_size, _options(source, options))
     try:
         with ImageHandle.open(ctx, image_id=image_id) as dest:
             if keeps_parent:
-                _same_parent(source, dest)
+                _same_parent(source, dest, header.overlap_at(order[0].id if order else before))
             metadata = cls.metadata(source.ctx, source.oid)
             if metadata:
                 ctx.exec(dest.oid, "rbd", "metadata_set", cls.encode_metadata(metadata))
@@ -75,35 +75,44 @@ def deep_copy(
                 if dest.header.size != snap.size:
                     resize(dest, snap.size)
                 source.set_snapshot(snap.id)
-                copy_range(source, dest, last, None)
+                _copy_changes(source, dest, last, keeps_parent, None)
                 snapshots.create(dest, snap.name)
                 last = snap.id
-            source.set_snapshot(None)
-            if dest.header.size != header.size:
-                resize(dest, header.size)
-            if keeps_parent:
-                _copy_over_parent(source, dest, progress)
-            else:
-                copy_range(source, dest, last, progress)
+            source.set_snapshot(None if before == NOSNAP else before)
+            if dest.header.size != last_size:
+                resize(dest, last_size)
+            if last is None or last != before:
+                _copy_changes(source, dest, last, keeps_parent, progress)
             dest.data.flush()
         give_name(ctx, name, image_id)
     except BaseException:
         source.set_snapshot(None if before == NOSNAP else before)
         remove_from_trash(ctx, image_id, force=True)
         raise
-    source.set_snapshot(None if before == NOSNAP else before)
     return image_id
+
+
+def _copy_changes(
+    source: ImageHandle, dest: ImageHandle, last: int | None, keeps_parent: bool, progress: Progress | None
+) -> None:
+    if keeps_parent and last is None:
+        _copy_over_parent(source, dest, progress)
+    else:
+        copy_range(source, dest, last, progress)
+
+
+def _has_parent_throughout(source: ImageHandle, snap_ids: list[int], end: int) -> bool:
+    """A parent that some snapshot does not need any more, after a flatten, is not worth keeping for the others."""
+    return all(source.header.overlap_at(snap_id) for snap_id in (*snap_ids, end)) and _parent_takes_clones(source)
 
 
 def _parent_takes_clones(source: ImageHandle) -> bool:
     spec = source.header.parent
-    if not source.header.overlap_at(NOSNAP):
-        return False
     ctx = source.store.open(spec.pool_id, spec.pool_namespace)
     return not cls.read_snapshots(ctx, header_oid(spec.image_id), [spec.snap_id])[0].is_trash
 
 
-def _same_parent(source: ImageHandle, dest: ImageHandle) -> None:
+def _same_parent(source: ImageHandle, dest: ImageHandle, overlap: int) -> None:
     spec = source.header.parent
     ctx = source.store.open(spec.pool_id, spec.pool_namespace)
     with ImageHandle.open(ctx, image_id=spec.image_id, snapshot=spec.snap_id, read_only=True) as parent:
@@ -112,7 +121,7 @@ def _same_parent(source: ImageHandle, dest: ImageHandle) -> None:
             dest.ctx,
             dest.id,
             2 if source.header.op_features & ft.OP_CLONE_CHILD else 1,
-            source.header.overlap_at(NOSNAP),
+            overlap,
         )
     dest.changed()
 

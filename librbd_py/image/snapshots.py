@@ -289,8 +289,10 @@ def v1_children(handle: ImageHandle, snap_id: int) -> list[ChildImageSpec]:
     out = []
     for pool in handle.store.pools():
         with ignoring(errno.ENOENT):
-            ctx = handle.store.open(pool.pool_id)
-            out += [ChildImageSpec(pool.pool_id, image_id) for image_id in cls.v1_children(ctx, spec)]
+            # they never cross namespaces
+            ctx = handle.store.open(pool.pool_id, spec.pool_namespace)
+            found = cls.v1_children(ctx, spec)
+            out += [ChildImageSpec(pool.pool_id, image_id, spec.pool_namespace) for image_id in found]
     return out
 
 

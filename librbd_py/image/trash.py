@@ -35,17 +35,17 @@ def move_to_trash(handle: ImageHandle, source: int, delay: float) -> None:
     cls.trash_state(ctx, image_id, ftr.STATE_NORMAL, ftr.STATE_MOVING)
 
 
-def move(ctx: ObjectContext, name: str, delay: float = 0) -> None:
+def move(ctx: ObjectContext, name: str, delay: float = 0, source: int = ftr.SOURCE_USER) -> None:
     """ENOENT. Called again it goes on where it was cut short."""
     begun = None
     if not exists(ctx, id_oid(name)):
-        moving = (ftr.SOURCE_USER, name, ftr.STATE_MOVING)
+        moving = (source, name, ftr.STATE_MOVING)
         found = cls.trash_list(ctx).items()
         begun = next((key for key, spec in found if (spec.source, spec.name, spec.state) == moving), None)
     with ImageHandle.open(ctx, name if begun is None else None, image_id=begun) as handle:
         handle.name = name
         with handle.exclusive():
-            move_to_trash(handle, ftr.SOURCE_USER, delay)
+            move_to_trash(handle, source, delay)
 
 
 def restore(ctx: ObjectContext, image_id: str, name: str | None = None) -> None:

@@ -10,10 +10,12 @@ from typing import Any, NoReturn
 
 from librbd_py.errors import rbd as exceptions
 from librbd_py.errors import rbd_errors
+from librbd_py.format.trash import SOURCE_USER_PARENT
 from librbd_py.image import cls, directory, metadata, pool, trash
 from librbd_py.image import feature_names as ft
 from librbd_py.image.clones import clone
 from librbd_py.image.directory import CreateOptions
+from librbd_py.image.handle import ImageHandle
 from librbd_py.store.api import ObjectContext
 from librbd_py.store.rados import RadosStore
 
@@ -100,7 +102,18 @@ class RBD(PoolGroups):
         """ImageNotFound; ImageHasSnapshots; ImageBusy: open elsewhere."""
         chosen = text(name, "name")
         with rbd_errors("error removing image"):
-            directory.remove_image(context(ioctx), chosen, on_progress)
+            ctx = context(ioctx)
+            defaults = Defaults(ioctx, ctx)
+            if defaults.option("rbd_move_to_trash_on_remove").lower() in ("true", "1"):
+                trash.move(ctx, chosen, float(defaults.option("rbd_move_to_trash_on_remove_expire_seconds") or 0))
+                return
+            try:
+                directory.remove_image(ctx, chosen, on_progress)
+            except OSError as failure:
+                keep = defaults.option("rbd_move_parent_to_trash_on_remove").lower() in ("true", "1")
+                if failure.errno != errno.ENOTEMPTY or not keep or not _only_for_clones(ctx, chosen):
+                    raise
+                trash.move(ctx, chosen, source=SOURCE_USER_PARENT)
 
     def rename(self, ioctx: Any, src: str | bytes, dest: str | bytes) -> None:
         """ImageNotFound, ImageExists."""
@@ -279,6 +292,12 @@ class RBD(PoolGroups):
         """Disabled: mirroring is not supported."""
         context(ioctx)
         return 0
+
+
+def _only_for_clones(ctx: ObjectContext, name: str) -> bool:
+    """Are all of an image's snapshots in the trash, where clones keep them?"""
+    with ImageHandle.open(ctx, name, read_only=True) as handle:
+        return all(snap.is_trash for snap in handle.header.snaps.values())
 
 
 def _validate(ctx: ObjectContext, chosen: CreateOptions) -> None:

@@ -378,12 +378,13 @@ def test_copies(cluster: Cluster, parent: ObjectContext) -> None:
         with rbd.Image(other, name) as copied:
             assert (copied.size(), copied.read(9 * MIB, 4), copied.read(0, 3)) == (SIZE, content, b"AAA")
             assert [row["name"] for row in copied.list_snaps()] == snaps
-            assert (copied.features(), list(copied.metadata_list())) == (61, [("mk", "mv")])
+            parent_kept = 0 if name != "deep" else 256  # clone-child
+            assert (copied.features(), list(copied.metadata_list())) == (61 | parent_kept, [("mk", "mv")])
     with rbd.Image(other, "deep") as copied:
         copied.set_snap("cs")
         assert copied.read(9 * MIB, 4) == b"own\0"
     with rbd.Image(parent, "p") as image:
-        assert children(image) == ["c"]
+        assert children(image) == ["c", "deep"]
 
 
 def test_a_deep_copy_of_a_clone_keeps_its_parent(parent: ObjectContext) -> None:
