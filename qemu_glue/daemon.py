@@ -21,6 +21,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from qemu_glue.former import Former
 from qemu_glue.host.access import qemu_user
 from qemu_glue.host.service import HostService
 from qemu_glue.libvirt.domain import RUN
-from qemu_glue.qmp_server import QMPServer
+from qemu_glue.qmp_server import Handler, QMPServer
 from qemu_glue.qmp_wire import QMPError
 from qemu_glue.state import Journal
 
@@ -154,6 +155,8 @@ async def serve(options: argparse.Namespace) -> int:
             # First of all: QEMU tries once a second, and its whole machine waits for a back end that accepted it.
             host.restore()
             host.accept(tuple(pool for pool in options.pools.split(",") if pool), options.libvirt)
+            # Hooks must not wait for what else was served: its store may be out of reach.
+            server, listener = await monitor(options.qmp, handlers)
         await service.restore()
         for name, texts in (
             ("blockdev-add", options.blockdev),
@@ -163,10 +166,8 @@ async def serve(options: argparse.Namespace) -> int:
             for text in texts:
                 option = parse_option(text)
                 await handlers[name](nbd_address(option) if name == "nbd-server-start" else option)
-        server = QMPServer(handlers)
-        if options.qmp:
-            listener = sockets.listen_unix(options.qmp, mode=0o600)
-            await server.listen(listener)
+        if server is None:
+            server, listener = await monitor(options.qmp, handlers)
         if options.pidfile:
             options.pidfile.write_text(f"{os.getpid()}\n")
         log.info("serving")
@@ -187,6 +188,16 @@ async def serve(options: argparse.Namespace) -> int:
             sockets.remove(options.qmp)
         if options.pidfile:
             options.pidfile.unlink(missing_ok=True)
+
+
+async def monitor(path: str | None, handlers: Mapping[str, Handler]) -> tuple[QMPServer, socket.socket | None]:
+    """A QMP server, listening where that is wanted."""
+    server = QMPServer(handlers)
+    if not path:
+        return server, None
+    listener = sockets.listen_unix(path, mode=0o600)
+    await server.listen(listener)
+    return server, listener
 
 
 def notify_ready() -> None:

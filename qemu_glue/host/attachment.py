@@ -16,6 +16,7 @@ import errno
 import logging
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from librbd_py.image.locks import watchers
@@ -34,6 +35,9 @@ ALONE_SECONDS = 2.0  # between looks whether anybody else has the image open
 DRAIN_SECONDS = 60.0  # after which the log says that a request is stuck
 NBD_CONNECTIONS_MAX = 32  # of one process
 QUEUES = 64  # offered to every guest; it uses as many as its device has
+
+# Openings and closings, which hang while a store does: nothing else of the service may wait behind them.
+_threads = ThreadPoolExecutor(256, thread_name_prefix="rbdpyd-disk")
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +93,7 @@ class Attachment:
 
     async def _open(self, open_node: Callable[[], Node]) -> None:
         try:
-            self.node = await asyncio.to_thread(open_node)
+            self.node = await self._loop.run_in_executor(_threads, open_node)
             try:
                 await asyncio.to_thread(self._export, self.node)
                 await self._prepare_moving(self.node)
@@ -199,7 +203,7 @@ class Attachment:
         if self.node is not None:
             if self.node.handle.handing_over:
                 await self._linger(self.node)
-            await asyncio.to_thread(self.node.close)
+            await self._loop.run_in_executor(_threads, self.node.close)
 
     async def _linger(self, node: Node) -> None:
         self.state = "lingering"

@@ -41,6 +41,7 @@ from qemu_glue.state import Journal
 PREPARE_SECONDS = 4.0  # the hook waits 5
 SWEEP_SECONDS = 30.0  # between looks for VMs that are gone without a word
 GRACE_SECONDS = 120.0  # from `prepare` until there must be a QEMU
+LATE_MAX = 16  # looks at images that were given up and hang on, each with a thread
 VMS_MAX = 4096
 ATTACHMENTS_MAX = 8  # processes that have one disk open: two hosts on one machine in a migration, a backup, ...
 CONNECTIONS_MAX = 8192
@@ -98,6 +99,7 @@ class HostService:
         self._lock = asyncio.Lock()  # one verb changes VMs at a time
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
+        self._late: set[asyncio.Task[None]] = set()  # looks at images that a store does not answer
         self._ends: set[asyncio.Task[None]] = set()
         self._accepting = False
         self._ended = False
@@ -120,10 +122,10 @@ class HostService:
         said = check(arguments, shapes.PREPARE)
         uuid, disks = shapes.uuid_in(said["uuid"]), shapes.disks_in(said["disks"])
         paths = shapes.paths_in(said["sockets"])
+        await self._look_at(disks)  # before the lock: a store that hangs keeps no other VM waiting
         async with self._lock:
             if uuid not in self.vms and len(self.vms) >= VMS_MAX:
                 raise QMPError(f"{VMS_MAX} VMs are known already")
-            await self._look_at(disks)
             for path in paths:
                 if path not in self.images:
                     raise QMPError(f"{path} is no socket of an image that is there")
@@ -188,11 +190,11 @@ class HostService:
         """The socket of an image of the service's own store, for a disk that is attached without a hook."""
         said = check(arguments, shapes.IMAGE_SOCKET)
         disk = shapes.disk_in({**said, "target": "vda"})
+        try:
+            await self._look_at([disk])
+        except QMPError as error:
+            raise QMPError(str(error).removeprefix(f"disk {disk.target}: ")) from None
         async with self._lock:
-            try:
-                await self._look_at([disk])
-            except QMPError as error:
-                raise QMPError(str(error).removeprefix(f"disk {disk.target}: ")) from None
             endpoint = self.listen_image(disk.transport, disk.pool, disk.namespace, disk.image)
             self._asked_for.add(endpoint.path)
             if self._journal is not None:
@@ -285,21 +287,31 @@ class HostService:
     async def _look_at(self, disks: Iterable[ServedDisk]) -> None:
         """Every image is there and can be read: a refusal now is a sentence, one when QEMU connects would make it try
         for ever. QMPError."""
+        if len(self._late) >= LATE_MAX:
+            raise QMPError(f"the store does not answer: {len(self._late)} looks at images are not done yet")
         looks = {disk.target: asyncio.create_task(asyncio.to_thread(self._look, disk)) for disk in disks}
         if not looks:
             return
         _, waiting = await asyncio.wait(looks.values(), timeout=PREPARE_SECONDS)
         for target, task in looks.items():
             if task in waiting:
-                task.add_done_callback(_looked_late)
+                self._late |= waiting
+                for late in looks.values():
+                    late.add_done_callback(self._looked_late)
                 raise QMPError(f"disk {target}: the store does not answer within {PREPARE_SECONDS:g} seconds")
         for target, task in looks.items():
             failure = task.exception()
             if failure is not None:
                 for other in looks.values():
-                    other.add_done_callback(_looked_late)
+                    other.add_done_callback(self._looked_late)
                 why = failure.strerror if isinstance(failure, OSError) and failure.strerror else failure
                 raise QMPError(f"disk {target}: {why}")
+
+    def _looked_late(self, task: asyncio.Task[None]) -> None:
+        """A look whose answer nobody waits for any more."""
+        self._late.discard(task)
+        if not task.cancelled():
+            task.exception()
 
     def _look(self, disk: ServedDisk) -> None:
         url = disk.store or self.store_url
@@ -542,12 +554,6 @@ def _hung_up(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)
     return bool(poll.poll(0))
-
-
-def _looked_late(task: asyncio.Task[None]) -> None:
-    """A look whose answer nobody waits for any more."""
-    if not task.cancelled():
-        task.exception()
 
 
 @contextlib.contextmanager

@@ -17,11 +17,15 @@ from nbd_client import Client, Closed
 from qemu.qmp import ExecuteError
 
 from librbd_py import rados, rbd
+from librbd_py.devcluster import DevCluster
+from librbd_py.devcluster.faults import Faults
 from qemu_glue.client import Daemon
+from qemu_glue.host.ask import ServiceError, ask
 
 MIB = 1 << 20
 UUID = "11111111-2222-4333-8444-555555555555"
 OTHER = "99999999-2222-4333-8444-555555555555"
+CLIENTS: list[Client] = []  # of this test: closed at its end, however it ends
 PATIENCE = 20.0  # seconds for what happens at once on an idle machine
 
 
@@ -68,6 +72,8 @@ class Host:
 def host(tmp_path: Path) -> Iterator[Host]:
     with tempfile.TemporaryDirectory(prefix="rh") as run:
         yield Host(tmp_path, run)
+        while CLIENTS:
+            CLIENTS.pop().close()
 
 
 def nbd(target: str = "vda", image: str = "disk", **more: Any) -> dict[str, Any]:
@@ -92,7 +98,9 @@ async def connect(path: str) -> Client:
         try:
             sock.settimeout(PATIENCE)
             sock.connect(path)
-            return Client(sock).negotiate()
+            client = Client(sock).negotiate()
+            CLIENTS.append(client)
+            return client
         except BaseException:
             sock.close()
             raise
@@ -315,5 +323,40 @@ def test_clients_that_come_and_go_leave_nothing(host: Host) -> None:
             await read(client)
             client.close()
             await until(lambda: host.descriptors <= before + 2, "the descriptors to come back")
+
+    run(work())
+
+
+def test_a_store_that_hangs_keeps_no_other_vm_waiting(
+    host: Host, new_ceph_cluster: Callable[..., DevCluster]
+) -> None:
+    cluster = new_ceph_cluster()
+    with rados.Rados(conf={"rbdpy_store": cluster.url}) as client, client.open_ioctx("rbd") as ioctx:
+        rbd.RBD().create(ioctx, "far", 4 * MIB)
+
+    async def work() -> None:
+        async with host.daemon:
+            far = nbd(image="far", store=cluster.url)
+            await host.prepare(far, uuid=OTHER)
+            faults = Faults(cluster)
+            faults.freeze("osd.0")
+            try:
+                begin = time.monotonic()
+                arguments = {"uuid": OTHER, "disks": [far]}
+                path = str(host.daemon.socket)
+                hooks = [asyncio.to_thread(ask, path, "rbd-vm-prepare", arguments, PATIENCE) for _ in range(3)]
+                refusals = asyncio.gather(*hooks, return_exceptions=True)
+                await asyncio.sleep(0.1)
+                sockets = await host.prepare(nbd())
+                assert not refusals.done(), "it waited for the other"
+                (await connect(sockets["vda"])).close()
+                for refusal in await refusals:
+                    assert isinstance(refusal, ServiceError)
+                    assert "does not answer" in str(refusal)
+                assert time.monotonic() - begin < PATIENCE
+                assert OTHER in [vm["uuid"] for vm in await host.vms()], "it was known before"
+            finally:
+                faults.thaw("osd.0")
+            await host.prepare(far, uuid=OTHER)
 
     run(work())
