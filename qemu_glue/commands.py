@@ -56,6 +56,7 @@ class Service:
             "block-export-add": self.block_export_add,
             "block-export-del": self.block_export_del,
             "block_resize": self.block_resize,
+            "block_set_io_throttle": self.block_set_io_throttle,
             "nbd-server-start": self.nbd_server_start,
             "nbd-server-stop": self.nbd_server_stop,
             "query-block-exports": self.query_block_exports,
@@ -114,6 +115,19 @@ class Service:
         checked = check(arguments, shapes.THROTTLE)
         async with self._lock:
             self._node(checked["node-name"]).throttle(checked["iops"], checked["bps"])
+
+    async def block_set_io_throttle(self, arguments: dict[str, Any]) -> None:
+        """As x-rbd-throttle, with QEMU's arguments: `id` (or `device`) is the node's name, as query-block says."""
+        checked = check(arguments, shapes.IO_THROTTLE)
+        name = checked.pop("id") or checked["device"]
+        del checked["device"]
+        if name is None:
+            raise QMPError("Need exactly one of 'device' and 'id'")
+        bps, iops = checked.pop("bps"), checked.pop("iops")
+        if refused := [key for key, value in checked.items() if value]:
+            raise QMPError(f"Parameter '{refused[0]}' must be 0: only totals (bps, iops) can be limited")
+        async with self._lock:
+            self._node(name).throttle(iops, bps)
 
     def _node(self, name: str) -> Node:
         node = self.nodes.get(name)

@@ -90,6 +90,7 @@ class Node:
         self._url: str | None = url  # None: closed
         self._store = store
         self._direct = bool((arguments["cache"] or {}).get("direct", False))
+        self._limits: dict[str, int] = {}  # as throttle() set them
         self._no_flush = bool((arguments["cache"] or {}).get("no-flush", False))
 
     @classmethod
@@ -139,6 +140,7 @@ class Node:
 
     def throttle(self, iops: int, bytes_per_second: int) -> None:
         self.handle.native.throttle(iops, bytes_per_second)
+        self._limits = {"iops": iops, "bps": bytes_per_second}
 
     def close(self) -> None:
         """Blocks. Idempotent."""
@@ -177,6 +179,7 @@ class Node:
             "cache": cache,
             "backing_file_depth": 0,
             **zeros,
+            **self._limits,
             "image": {
                 "filename": filename,
                 "format": "rbd",

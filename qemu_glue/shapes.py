@@ -73,6 +73,14 @@ THROTTLE = {
     "iops": Field("size", default=0),
     "bps": Field("size", default=0),
 }
+# QEMU's. Only totals can be limited here: what must be 0 is refused otherwise.
+IO_THROTTLE = {
+    "device": Field(str),
+    "id": Field(str),
+    **{name: Field("size", required=True) for name in ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")},
+    **{f"{name}_max": Field("size", default=0) for name in ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")},
+    "iops_size": Field("size", default=0),
+}
 NBD_SERVER_START = {
     "addr": Field(dict, required=True),
     "tls-creds": Field(str),

@@ -1,0 +1,194 @@
+"""`rbdpy vm` from boot to stop, with real guests: what it says, what it leaves, and what it cleans up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qemu_glue.vm.folder import Folder
+from tests.vm.rig import MIB, Rig
+
+pytestmark = pytest.mark.vm
+DEADLINE = 90.0
+
+
+class Host:
+    """A runtime folder and the command line on it."""
+
+    def __init__(self, rig: Rig, run: Path) -> None:
+        self.rig, self.run = rig, run
+
+    def __call__(self, *words: str, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "RBDPY_RUN": str(self.run), "RBDPY_STORE": self.rig.url, **more}
+        done = subprocess.run(
+            [sys.executable, "-m", "librbd_py.cli.main", "vm", *words],
+            capture_output=True, text=True, timeout=DEADLINE, env=environment, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    def boot(self, image: str, *more: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        words = ["--kernel", str(self.rig.kernel.vmlinuz), "--initrd", str(self.rig.initrd), "--accel", self.rig.accel]
+        append = "console=ttyS0 quiet panic=1 rbdpy.mode=idle rbdpy.start=0"
+        return self("boot", image, *words, "--append", append, "--memory", "160", "--net", "none", *more, code=code)
+
+    def states(self) -> dict[str, str]:
+        return {row["name"]: row["state"] for row in json.loads(self("ls", "--format", "json").stdout)}
+
+    def ticks(self, name: str, folder: str = "") -> None:
+        """The guest writes to its console now."""
+        log = Path(folder or self.run) / name / "console.log"
+        before = log.stat().st_size if log.exists() else 0
+        limit = time.monotonic() + DEADLINE
+        while not log.exists() or b"GUEST-TICK" not in log.read_bytes()[before:]:
+            assert time.monotonic() < limit, log.read_text() if log.exists() else "no console.log"
+            time.sleep(0.05)
+
+    def processes(self) -> list[str]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                except OSError:
+                    continue
+                if f"{self.run}/" in line:
+                    found.append(line)
+        return found
+
+    def clean(self) -> None:
+        """Ends what a failed test left."""
+        for folder in self.run.glob("*"):
+            if (folder / "vm.json").exists():
+                place = Folder(self.run, folder.name)
+                for process in (place.service(), place.console(), *(place.qemu(n) for n in (1, 2, 3))):
+                    process.kill()
+
+
+@pytest.fixture
+def host(rig: Rig) -> Iterator[Host]:
+    base = Path(tempfile.mkdtemp(prefix="rv", dir="/tmp"))  # short: sockets live there
+    made = Host(rig, base / "a")
+    try:
+        yield made
+    finally:
+        for run in base.iterdir():
+            Host(rig, run).clean()
+        shutil.rmtree(base, ignore_errors=True)
+
+
+def test_a_vm_boots_moves_twice_and_stops(host: Host) -> None:
+    host.rig.create("disk", 32 * MIB)
+    said = host.boot("disk", "--name", "one").stderr
+    assert "one runs" in said
+    host.ticks("one")
+    assert host.states() == {"one": "running"}
+    assert "is the VM one's" in host.boot("disk", "--name", "two", code=16).stderr
+    assert host.states() == {"one": "running"}
+    host("migrate", "one")  # to another QEMU on this host
+    host.ticks("one")
+    there = host.run.parent / "b"
+    host("migrate", "one", "--to", str(there))
+    assert host.states() == {}
+    assert host.processes() == []
+    other = Host(host.rig, there)
+    assert other.states() == {"one": "running"}
+    other.ticks("one")
+    other("stop", "one")
+    assert other.states() == {}
+    assert other.processes() == []
+
+
+def test_killed_processes_leave_what_ls_and_stop_clean_up(host: Host) -> None:
+    host.rig.create("disk", 32 * MIB)
+    host.boot("disk", "--transport", "nbd")
+    host.ticks("disk")
+    place = Folder(host.run, "disk")
+    place.console().kill()
+    place.service().kill()
+    assert host.states() == {"disk": "running"}  # which starts its service again
+    assert place.service().state == "running"
+    with subprocess.Popen(
+        [sys.executable, "-m", "librbd_py.cli.main", "vm", "console", "disk", "--run", str(host.run)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as console:  # fmt: skip
+        assert console.stdout is not None
+        assert console.stdout.readline()
+        assert place.qemu(1).send(signal.SIGKILL)
+        console.communicate(timeout=DEADLINE)
+        assert console.returncode == 0
+    rows = json.loads(host("ls", "--format", "json").stdout)
+    assert [row["state"] for row in rows] in (["dead"], [])
+    assert host.states() == {}
+    assert host.processes() == []
+    host("stop", "disk", code=2)
+
+
+def test_a_command_killed_in_a_migration_leaves_a_vm_that_runs(host: Host) -> None:
+    host.rig.create("disk", 32 * MIB)
+    host.boot("disk")
+    host.ticks("disk")
+    place = Folder(host.run, "disk")
+    environment = {**os.environ, "RBDPY_RUN": str(host.run), "RBDPY_STORE": host.rig.url}
+    words = [sys.executable, "-m", "librbd_py.cli.main", "vm", "migrate", "disk"]
+    with subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL) as command:
+        limit = time.monotonic() + DEADLINE
+        while place.qemu(2).state == "absent":
+            assert time.monotonic() < limit
+            time.sleep(0.005)
+        command.kill()
+    assert host.states() == {"disk": "running"}
+    host.ticks("disk")
+    assert sum("qemu-system" in line for line in host.processes()) == 1
+    host("stop", "disk", "--force")
+    assert host.processes() == []
+
+
+def test_what_is_wrong_is_said_and_leaves_nothing(host: Host) -> None:
+    host.rig.create("disk", 32 * MIB)
+    assert "there is no image rbd/none" in host.boot("none", code=2).stderr
+    assert "MiB to spare" in host.boot("disk", "--memory", "900G", code=12).stderr
+    assert "cannot be the name" in host.boot("disk", "--name", "a/b", code=22).stderr
+    missing = host("boot", "disk", "--accel", "tcg", code=2, RBDPY_QEMU="qemu-that-is-not-there").stderr
+    assert "apt-get install" in missing
+    host("migrate", "disk", code=2)
+    assert not host.run.exists() or not list(host.run.iterdir())
+    assert host.processes() == []
+
+
+def test_a_hostile_sender_gets_nothing(host: Host) -> None:
+    async def run() -> None:
+        path = host.run.parent / "l"
+        for message in (
+            b"nonsense\n",
+            b'{"receive": 1, "spec": {"name": "../x"}}\n',
+            b"[" * 5000 + b"\n",
+            b"x" * 100000,
+        ):
+            words = ["librbd_py.cli.main", "vm", "receive", "--listen", f"unix:{path}", "--run", str(host.run)]
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", *words, stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL
+            )
+            assert process.stderr
+            assert b"waiting" in await asyncio.wait_for(process.stderr.readline(), DEADLINE)
+            reader, writer = await asyncio.open_unix_connection(str(path))
+            writer.write(message)
+            answer = await asyncio.wait_for(reader.read(4096), DEADLINE)
+            assert b"error" in answer
+            writer.close()
+            assert await asyncio.wait_for(process.wait(), DEADLINE) != 0
+            await process.stderr.read()
+        assert not host.run.exists() or not list(host.run.iterdir())
+
+    asyncio.run(run())
