@@ -349,8 +349,10 @@ class ImageHandle:
     def _lock_answered(self, answer: Future[None]) -> None:
         failure = answer.exception()
         if failure is not None and not (self.control is not None and self.control.moving):
-            log.warning("image %s: the exclusive lock cannot be had: %s", self.id, failure)
-            if getattr(failure, "errno", 0) != errno.ESHUTDOWN:  # else `lost` or `close` ends them with that
+            ends = getattr(failure, "errno", 0) == errno.ESHUTDOWN  # `lost` or `close` ends them with that
+            level = logging.INFO if ends else logging.WARNING
+            log.log(level, "image %s: the exclusive lock cannot be had: %s", self.id, failure)
+            if not ends:
                 control_pool().submit(self._refuse_waiting)
 
     def _refuse_waiting(self) -> None:
