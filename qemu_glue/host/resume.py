@@ -14,27 +14,36 @@ from collections.abc import Callable
 
 from qemu_glue.libvirt import client
 
-SECONDS = 90.0  # how long after the start guests are looked at
-PAUSE = 0.5  # between looks
+SECONDS = 90.0  # how long after the start guests are looked at often
+PAUSE = 0.5  # seconds between looks
+PAUSE_MAX = 10.0  # later, and when libvirt cannot be asked
 ASK_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
 
 
-async def resume(uri: str, uuids: Callable[[], set[str]]) -> None:
-    """Resumes those of the domains that stand still for a failed request, for SECONDS. `uuids`: of VMs that have
-    NBD disks and were here before the service was started."""
+async def resume(uri: str, uuids: set[str], back: Callable[[str], bool]) -> None:
+    """Resumes those of the domains that stand still for a failed request, until their disks are back: an idle guest
+    may meet the outage hours later. `uuids`: of VMs that have NBD disks and were here before the service was started;
+    `back(uuid)`: they are connected, or the VM is gone."""
     loop = asyncio.get_running_loop()
     end = loop.time() + SECONDS
-    told = ""
-    while loop.time() < end:
-        for uuid in uuids():
+    pause, told = PAUSE, ""
+    while uuids:
+        for uuid in sorted(uuids):
             try:
+                connected = back(uuid)
                 if await asyncio.to_thread(client.paused_by_an_error, uri, uuid, ASK_SECONDS):
                     await asyncio.to_thread(client.resume, uri, uuid, ASK_SECONDS)
                     log.info("VM %s, paused by an I/O error, was resumed", uuid)
+                elif connected:  # before the look: it does not stop any more
+                    uuids = uuids - {uuid}
+                pause = PAUSE if loop.time() < end else PAUSE_MAX
             except OSError as error:
+                pause = min(2 * pause, PAUSE_MAX)
+                if back(uuid):
+                    uuids = uuids - {uuid}
                 if str(error) != told:  # no libvirt, or not its VM
                     told = str(error)
                     log.info("VM %s cannot be resumed: %s", uuid, error.strerror)
-        await asyncio.sleep(PAUSE)
+        await asyncio.sleep(pause)

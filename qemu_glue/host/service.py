@@ -500,10 +500,17 @@ class HostService:
         self._tasks.append(self._loop.create_task(self._sweep()))
         before = {vm.uuid for vm in self.vms.values() if any(disk.transport == "nbd" for disk in vm.disks)}
         if before and libvirt:
-            self._tasks.append(self._loop.create_task(resume(libvirt, lambda: before & self.vms.keys())))
+            self._tasks.append(self._loop.create_task(resume(libvirt, before, self._all_back)))
         if pools:
             scanner = Scanner(self.store_url, pools, self.images_are)
             self._tasks.append(self._loop.create_task(scanner.run()))
+
+    def _all_back(self, uuid: str) -> bool:
+        """Whether every NBD disk of the VM is connected; also when the VM is gone."""
+        vm = self.vms.get(uuid)
+        wanted = {disk.target for disk in vm.disks if disk.transport == "nbd"} if vm is not None else set()
+        its = (a for a in self.attachments.values() if a.vm == uuid and a.describe()["clients"])
+        return wanted <= {attachment.disk.target for attachment in its}
 
     def images_are(self, names: set[tuple[str, str]]) -> None:
         """(pool, image) of all that shall have sockets; others lose theirs, but for those that were asked for."""
