@@ -51,8 +51,13 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)  # meant for the process that holds the other end
     namespaces = [int(line) for line in sys.stdin.buffer]
     for namespace in namespaces:
-        end_namespace(namespace)
-    subprocess.run(["ip", "link", "delete", sys.argv[1]], check=False, stderr=subprocess.DEVNULL)
+        try:
+            end_namespace(namespace)
+        except (OSError, ValueError) as failure:  # the others shall end all the same
+            print(f"guard: {failure}", file=sys.stderr)
+    for link in Path("/sys/class/net").iterdir():
+        if link.name.startswith(sys.argv[1]):  # the bridge and its ports
+            subprocess.run(["ip", "link", "delete", link.name], check=False, stderr=subprocess.DEVNULL)
     return 0
 
 

@@ -258,11 +258,13 @@ class Machine:
         return host
 
     def close(self) -> None:
-        for host in self.hosts:
-            host.close()
-        assert self._guard.stdin is not None
-        self._guard.stdin.close()  # which removes the bridge
-        self._guard.wait(DEADLINE)
+        try:
+            for host in self.hosts:
+                host.close()
+        finally:
+            assert self._guard.stdin is not None
+            self._guard.stdin.close()  # which ends what is left, and removes the bridge
+            self._guard.wait(DEADLINE)
 
     def __enter__(self) -> Machine:
         return self
