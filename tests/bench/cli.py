@@ -1,4 +1,4 @@
-"""What commands cost: `python tests/bench/cli.py [FOLDER]` prints one row each, the median of several runs, and its goal.
+"""What commands cost: `python tests/bench/cli.py [FOLDER]` prints a row each, the median of several runs, and its goal.
 
 FOLDER (default: a temporary one) is where the embedded store and the files lie, on the disk to be measured. With
 RBDPY_TEST_CEPH_CONF set, starting up is measured against that cluster too, beside Ceph's own `rbd`.
