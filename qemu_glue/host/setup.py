@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ MARK = "written by rbdpy host setup"
 HOOK = "/etc/libvirt/hooks/qemu.d/rbdpy"
 UNIT = "/etc/systemd/system/rbdpyd.service"
 TMPFILES = "/etc/tmpfiles.d/rbdpy.conf"
+INTERPRETER_MAX = 127  # bytes of a script's first line that older kernels read
 SYSTEMD = "/run/systemd/system"  # is there while systemd runs
 
 Say = Callable[[str], None]
@@ -41,9 +43,7 @@ class Folder:
 def plan(config: Config) -> list[File | Folder]:
     """Everything there shall be."""
     python = sys.executable
-    # -IS: nothing but the standard library and this package, in half the time.
-    place = f"import sys\n\nsys.path.insert(0, {str(Path(qemu_glue.__file__).parent.parent)!r})\n\n"
-    hook = f"#!{python} -IS\n# {MARK}\n{place}from qemu_glue.libvirt.hook import main\n\nsys.exit(main())\n"
+    hook = hook_program(python, str(Path(qemu_glue.__file__).parent.parent))
     unit = f"""# {MARK}
 [Unit]
 Description=RBD disks for virtual machines
@@ -76,6 +76,15 @@ WantedBy=multi-user.target
     ]
 
 
+def hook_program(python: str, place: str) -> str:
+    """The hook's text. -IS: nothing but the standard library and this package, found in `place`, in half the time."""
+    work = f"import sys\nsys.path.insert(0, {place!r})\nfrom qemu_glue.libvirt.hook import main\nsys.exit(main())\n"
+    first = f"#!{python} -IS\n"
+    if len(os.fsencode(first)) <= INTERPRETER_MAX and " " not in python:
+        return f"{first}# {MARK}\n{work}"
+    return f"#!/bin/sh\n# {MARK}\nexec {shlex.quote(python)} -IS -c {shlex.quote(work)} \"$@\"\n"
+
+
 def set_up(config: Config, say: Say, *, dry_run: bool = False, prefix: str = "") -> None:
     """Makes what is missing or differs, and says so. `prefix`: a folder to put it all in, for packages. EEXIST:
     somebody else's file is in the way; nothing was changed."""
@@ -84,7 +93,7 @@ def set_up(config: Config, say: Say, *, dry_run: bool = False, prefix: str = "")
         if isinstance(entry, File) and entry.path != CONFIG and _foreign(Path(prefix + entry.path)):
             raise FileExistsError(errno.EEXIST, f"{prefix}{entry.path} is there and was not written by rbdpy")
     hooks = Path(prefix + HOOK).parent.parent
-    first_hook = not any(hooks.glob("qemu*")) if hooks.is_dir() else True
+    first_hook = not any(path.is_file() for path in (hooks / "qemu", *hooks.glob("qemu.d/*")))
     changed = [entry for entry in wanted if _make(entry, prefix, say, dry_run)]
     if not changed:
         say("nothing to do: all is there")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from qemu_glue.host.config import Config
-from qemu_glue.host.setup import HOOK, plan
+from qemu_glue.host.setup import HOOK, hook_program, plan
 from qemu_glue.libvirt import domain, hook
 
 UUID = "11111111-2222-4333-8444-555555555555"
@@ -241,11 +241,18 @@ def test_the_mark_is_the_namespace() -> None:
     assert hook.SIZE_LIMIT == domain.SIZE_LIMIT
 
 
-def test_the_installed_program(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["", "a long ' folder" * 9], ids=["plain", "odd"])
+def test_the_installed_program(tmp_path: Path, folder: str) -> None:
     """As setup writes it; it uses nothing that is installed with the package, and ends though its input does not."""
     text = next(entry.text for entry in plan(Config()) if entry.path == HOOK)  # type: ignore[union-attr]
+    if folder:
+        python = tmp_path / folder / "python"
+        python.parent.mkdir()
+        python.symlink_to(sys.executable)
+        text = hook_program(str(python), str(Path(hook.__file__).parents[2]))
+        assert text.startswith("#!/bin/sh\n")
     program = tmp_path / "rbdpy"
-    program.write_text(text.replace("main()", "main(None, '/nowhere', 0.5)"))
+    program.write_text(text.replace("main()", 'main(None, "/nowhere", 0.5)'))
     program.chmod(0o755)
     for operation, code in (("prepare", 1), ("release", 0), ("reconnect", 0), ("start", 0)):
         begin = time.monotonic()
