@@ -4,7 +4,7 @@ everything else."""
 from qemu_glue.qmp.connection import Connection, Event, Listener
 from qemu_glue.qmp.disks import DiskSpec
 from qemu_glue.qmp.errors import CommandFailed, Disconnected, Late, MachineError
-from qemu_glue.qmp.images import ImageRef
+from qemu_glue.qmp.images import GroupRef, ImageRef
 from qemu_glue.qmp.machine import Machine
 from qemu_glue.qmp.migration import Migrated, MigrationFailed
 from qemu_glue.qmp.snapshot import Quiesce, Taken
@@ -16,6 +16,7 @@ __all__ = [
     "Disconnected",
     "DiskSpec",
     "Event",
+    "GroupRef",
     "ImageRef",
     "Late",
     "Listener",

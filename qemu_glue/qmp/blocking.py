@@ -14,7 +14,7 @@ from qemu_glue.qmp import disks, machine, migration, snapshot
 from qemu_glue.qmp.connection import COMMAND_SECONDS, CONNECT_SECONDS, Address, Event
 from qemu_glue.qmp.disks import DiskSpec
 from qemu_glue.qmp.errors import Disconnected
-from qemu_glue.qmp.images import ImageRef
+from qemu_glue.qmp.images import GroupRef, ImageRef
 from qemu_glue.qmp.migration import Migrated
 from qemu_glue.qmp.snapshot import Quiesce, Taken
 
@@ -98,7 +98,7 @@ class Machine:
     def snapshot(
         self,
         name: str,
-        images: Sequence[ImageRef],
+        images: Sequence[ImageRef | GroupRef],
         quiesce: Quiesce = Quiesce.AGENT,
         limit: float = snapshot.LIMIT_SECONDS,
     ) -> Taken:

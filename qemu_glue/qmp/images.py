@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from librbd_py.image import group as groups
 from librbd_py.image import resize as resizing
 from librbd_py.image import snapshots
 from librbd_py.image.handle import ImageHandle
@@ -78,3 +79,46 @@ class Opened:
             self.handle.close()
         finally:
             self._store.close()
+
+
+@dataclass(frozen=True)
+class GroupRef:
+    """A consistency group: its snapshot is one of all members, listed and removed as one."""
+
+    group: str
+    pool: str = "rbd"
+    namespace: str = ""
+    store: str | None = None
+
+    def __str__(self) -> str:
+        return "group " + "/".join(part for part in (self.pool, self.namespace, self.group) if part)
+
+    def open(self) -> OpenedGroup:
+        """Blocks. OSError."""
+        return OpenedGroup(self)
+
+
+class OpenedGroup:
+    """As `Opened`, of a group."""
+
+    def __init__(self, image: GroupRef) -> None:
+        self.image = image
+        self._store: Store = connect(image.store or default_url())
+        try:
+            self._ctx = self._store.open(image.pool, image.namespace)
+            groups.id_of(self._ctx, image.group)
+        except BaseException:
+            self._store.close()
+            raise
+
+    def has_snapshot(self, name: str) -> bool:
+        return any(record.name == name for record in groups.snaps(self._ctx, self.image.group))
+
+    def create(self, name: str) -> None:
+        groups.create_snap(self._ctx, self.image.group, name)
+
+    def remove(self, name: str) -> None:
+        groups.remove_snap(self._ctx, self.image.group, name)
+
+    def close(self) -> None:
+        self._store.close()

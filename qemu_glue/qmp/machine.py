@@ -14,7 +14,7 @@ from qemu_glue.qmp import disks, migration, snapshot
 from qemu_glue.qmp.connection import COMMAND_SECONDS, CONNECT_SECONDS, Address, Connection, Event
 from qemu_glue.qmp.disks import DiskSpec, Resizer
 from qemu_glue.qmp.errors import MachineError
-from qemu_glue.qmp.images import ImageRef
+from qemu_glue.qmp.images import GroupRef, ImageRef
 from qemu_glue.qmp.migration import Hook, Migrated
 from qemu_glue.qmp.snapshot import Quiesce, Taken
 
@@ -105,7 +105,7 @@ class Machine:
     async def snapshot(
         self,
         name: str,
-        images: Sequence[ImageRef],
+        images: Sequence[ImageRef | GroupRef],
         quiesce: Quiesce = Quiesce.AGENT,
         limit: float = snapshot.LIMIT_SECONDS,
     ) -> Taken:

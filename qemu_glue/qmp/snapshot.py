@@ -17,7 +17,7 @@ from enum import Enum
 from qemu_glue.qmp.agent import Agent
 from qemu_glue.qmp.connection import Connection
 from qemu_glue.qmp.errors import MachineError
-from qemu_glue.qmp.images import ImageRef, Opened
+from qemu_glue.qmp.images import GroupRef, ImageRef, Opened, OpenedGroup
 from qemu_glue.qmp.steps import Steps, uncancelled
 
 LIMIT_SECONDS = 10.0  # how long a guest may stand still
@@ -43,20 +43,20 @@ class Taken:
 async def snapshot(
     qmp: Connection | None,
     name: str,
-    images: Sequence[ImageRef],
+    images: Sequence[ImageRef | GroupRef],
     quiesce: Quiesce,
     agent: str | None = None,
     limit: float = LIMIT_SECONDS,
 ) -> Taken:
-    """Snapshot `name` of every image, or of none. `agent`: the socket of the guest agent's port. Whatever happens,
-    the guest is let go after `limit` seconds at the latest, plus THAW_SECONDS for it to do so; what is not done then
-    is undone. EEXIST: an image has such a snapshot; ENOTCONN: no agent (choose another way to quiesce); ETIMEDOUT;
-    the store's errors. An agent that does not thaw is named in `left`."""
+    """Snapshot `name` of every image and group, or of none. `agent`: the socket of the guest agent's port. Whatever
+    happens, the guest is let go after `limit` seconds at the latest, plus THAW_SECONDS for it to do so; what is not
+    done then is undone. EEXIST: an image has such a snapshot; ENOTCONN: no agent (choose another way to quiesce);
+    ETIMEDOUT; the store's errors. An agent that does not thaw is named in `left`."""
     if not images or not name or len(name) > 255 or "@" in name or "/" in name:
         raise MachineError(errno.EINVAL, "a snapshot needs a name (without @ and /) and at least one image")
     if not 0 < limit <= MAX_LIMIT:
         raise MachineError(errno.EINVAL, f"a guest may stand still for at most {MAX_LIMIT:g} s")
-    opened: list[Opened] = []
+    opened: list[Opened | OpenedGroup] = []
     try:
         for image in images:  # before the guest is stopped: opening may take its time
             opened.append(await uncancelled(asyncio.to_thread(image.open)))
@@ -71,10 +71,10 @@ async def snapshot(
             await uncancelled(asyncio.to_thread(one.close))
 
 
-async def _all(steps: Steps, name: str, opened: list[Opened]) -> None:
+async def _all(steps: Steps, name: str, opened: list[Opened | OpenedGroup]) -> None:
     tasks = [asyncio.ensure_future(asyncio.to_thread(one.create, name)) for one in opened]
 
-    def undo(one: Opened, task: asyncio.Future[None]) -> Callable[[], Awaitable[None]]:
+    def undo(one: Opened | OpenedGroup, task: asyncio.Future[None]) -> Callable[[], Awaitable[None]]:
         async def remove() -> None:
             await asyncio.wait([task], timeout=LATE_SECONDS)
             if not task.done():

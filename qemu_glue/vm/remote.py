@@ -70,7 +70,7 @@ class Far:
         words = [*self._ssh[:-1], "-N", "-o", "ExitOnForwardFailure=yes", "-L", f"{local}:{uri.removeprefix('unix:')}"]
         self._forward = await asyncio.create_subprocess_exec(*words, self._ssh[-1], stdin=asyncio.subprocess.DEVNULL)
         limit = asyncio.get_running_loop().time() + FORWARD_SECONDS
-        while not local.exists():
+        while not os.path.lexists(local):
             if self._forward.returncode is not None or asyncio.get_running_loop().time() > limit:
                 raise MachineError(errno.ECONNREFUSED, "ssh does not forward the migration's connection")
             await asyncio.sleep(0.05)

@@ -101,7 +101,7 @@ def test_a_machine_under_load_moves(rig: Rig, kind: str) -> None:
 def test_whatever_fails_leaves_the_machine_on_one_side(rig: Rig) -> None:
     async def run() -> None:
         async with two_sides(rig, "vhost-user") as (a, b):
-            with a.guest(seconds=60) as source_guest:
+            with a.guest(seconds=150) as source_guest:
                 await says(source_guest, "STAMP-TICK")
                 async with await a.connect() as source:
                     phases = 0
@@ -176,7 +176,7 @@ async def cancelled(rig: Rig, source: Machine, b: Side) -> None:
 def test_a_destination_that_refuses_to_run_and_one_that_is_lost(rig: Rig, tmp_path: Path) -> None:
     async def run() -> None:
         async with two_sides(rig, "vhost-user") as (a, b):
-            with a.guest(seconds=60) as source_guest:
+            with a.guest(seconds=150) as source_guest:
                 await says(source_guest, "STAMP-TICK")
                 async with await a.connect() as source:
                     for proof in (False, True):

@@ -14,7 +14,7 @@ import pytest
 
 from librbd_py import rbd
 from qemu_glue.guest import Guest
-from qemu_glue.qmp import ImageRef, Machine, MachineError, Quiesce
+from qemu_glue.qmp import GroupRef, ImageRef, Machine, MachineError, Quiesce
 from qemu_glue.qmp.agent import Agent
 from qemu_glue.qmp.snapshot import snapshot
 from tests.vm.machines import FailingConnection, says
@@ -77,6 +77,16 @@ def test_a_frozen_guests_disks_show_one_moment(rig: Rig) -> None:
                 await goes_on(guest)
                 shown = [await asyncio.to_thread(number, rig, image, name, True) for image in ("a", "b")]
                 assert 0 <= shown[0] - shown[1] <= 1
+            with rig.cluster() as cluster, cluster.open_ioctx("rbd") as ioctx:
+                rbd.RBD().group_create(ioctx, "vm")
+                with rbd.Group(ioctx, "vm") as group:
+                    for image in ("a", "b"):
+                        group.add_image(ioctx, image)
+            taken = await running.snapshot("three", [GroupRef("vm", store=rig.url)])
+            assert (taken.frozen, taken.images) == (2, ("group rbd/vm",))
+            with rig.cluster() as cluster, cluster.open_ioctx("rbd") as ioctx, rbd.Group(ioctx, "vm") as group:
+                assert [snap["name"] for snap in group.list_snaps()] == ["three"]
+            await goes_on(guest)
             stopped = await running.snapshot("stopped", images, Quiesce.STOP)
             assert stopped.frozen == 0
             assert stopped.still < 5

@@ -110,6 +110,33 @@ def test_a_vm_boots_moves_twice_and_stops(host: Host) -> None:
     assert other.processes() == []
 
 
+SSH = """#!/bin/sh
+# ssh to another runtime folder of this machine
+case "$*" in
+*-N*)
+    while [ "$1" != -L ]; do shift; done
+    ln -s "${2#*:}" "${2%%:*}" && exec sleep 60 ;;
+esac
+shift 2
+RBDPY_RUN=@RUN@ exec @PYTHON@ -m librbd_py.cli.main "$@"
+"""
+
+
+def test_a_vm_goes_to_a_host_over_ssh(host: Host) -> None:
+    host.rig.create("disk", 32 * MIB)
+    host.boot("disk")
+    host.ticks("disk")
+    there, ssh = host.run.parent / "b", host.run.parent / "ssh"
+    ssh.write_text(SSH.replace("@RUN@", str(there)).replace("@PYTHON@", sys.executable))
+    ssh.chmod(0o700)
+    host("migrate", "disk", "--to", "elsewhere", RBDPY_SSH=str(ssh))
+    other = Host(host.rig, there)
+    other.ticks("disk")
+    assert other.states() == {"disk": "running"}
+    assert host.processes() == []
+    other("stop", "disk", "--force")
+
+
 def test_killed_processes_leave_what_ls_and_stop_clean_up(host: Host) -> None:
     host.rig.create("disk", 32 * MIB)
     host.boot("disk", "--transport", "nbd")
