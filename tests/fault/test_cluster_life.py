@@ -168,8 +168,8 @@ def test_ports_taken_by_another_are_chosen_anew(short: Path, monkeypatch: pytest
     with scratch(Options(), short) as first:
         taken = next(line for line in Path(first.conf).read_text().splitlines() if line.startswith("mon host"))
         v2 = int(taken.split(":")[2].split(",")[0])
-        answers = [((v2, v2 + 1), range(v2 + 8, v2 + 160)), ports.choose()]
-        monkeypatch.setattr(ports, "choose", lambda: answers.pop(0))
+        answers = [((v2, v2 + 1), range(v2 + 8, v2 + 160)), ports.choose("127.0.0.1")]
+        monkeypatch.setattr(ports, "choose", lambda address: answers.pop(0))
         with scratch(Options(), short) as second:
             assert answers == []
             with Admin(first.conf) as one, Admin(second.conf) as two:
