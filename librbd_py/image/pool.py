@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from librbd_py.format import names
 from librbd_py.format.group import GROUP_DIRECTORY
+from librbd_py.format.trash import SOURCE_REMOVING
 from librbd_py.store.api import ObjectContext, OmapSet, Read, Write, WriteFull
 from librbd_py.store.rados import RadosStore
 
@@ -139,12 +140,12 @@ class Totals:
 
 
 def totals(ctx: ObjectContext) -> tuple[Totals, Totals]:
-    """Of the images and of the trash."""
+    """Of the images, those whose removal began and has not ended among them, and of the trash."""
     images, trash = Totals(), Totals()
     for image_id in cls.list_images(ctx).values():
         images.add(ctx, image_id)
-    for image_id in cls.trash_list(ctx):
-        trash.add(ctx, image_id)
+    for image_id, spec in cls.trash_list(ctx).items():
+        (images if spec.source == SOURCE_REMOVING else trash).add(ctx, image_id)
     return images, trash
 
 

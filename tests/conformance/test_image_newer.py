@@ -154,3 +154,12 @@ def test_purging_until_the_pool_is_less_full(io: ObjectContext) -> None:
     assert left() == ["third"]
     R.trash_purge(io, None, 0)
     assert left() == ([] if used else ["third"]) and total >= used
+
+
+def test_an_image_whose_removal_was_cancelled_counts_as_one(io: ObjectContext) -> None:
+    R.create(io, "a", 8 * MIB)
+    refused(rbd.OperationCanceled, 125, R.remove, io, "a", lambda done, total: -rbd.ECANCELED)
+    found = R.pool_stats_get(io)
+    assert (R.list(io), found["image_count"], found["trash_count"]) == (["a"], 1, 0)
+    R.remove(io, "a")
+    assert R.pool_stats_get(io)["image_count"] == 0
