@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -76,6 +78,29 @@ class Host:
                     process.kill()
 
 
+class Terminal:
+    """`rbdpy vm console` on a terminal of its own."""
+
+    def __init__(self, host: Host, name: str) -> None:
+        self.terminal, other = pty.openpty()
+        words = [sys.executable, "-m", "librbd_py.cli.main", "vm", "console", name, "--run", str(host.run)]
+        self.process = subprocess.Popen(words, stdin=other, stdout=other, stderr=other, start_new_session=True)
+        os.close(other)
+
+    def until(self, text: bytes) -> None:
+        """Reads until it shows `text` once more."""
+        seen, limit = b"", time.monotonic() + DEADLINE
+        while text not in seen:
+            ready, _, _ = select.select([self.terminal], [], [], max(0.0, limit - time.monotonic()))
+            assert ready, seen
+            seen += os.read(self.terminal, 4096)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.terminal)
+
+
 @pytest.fixture
 def host(rig: Rig) -> Iterator[Host]:
     base = Path(tempfile.mkdtemp(prefix="rv", dir="/tmp"))  # short: sockets live there
@@ -94,6 +119,17 @@ def test_a_vm_boots_moves_twice_and_stops(host: Host) -> None:
     assert "one runs" in said
     host.ticks("one")
     assert host.states() == {"one": "running"}
+    consoles = [Terminal(host, "one") for _ in range(2)]  # at once
+    try:
+        for console in consoles:
+            console.until(b"GUEST-TICK")
+        os.write(consoles[0].terminal, b"\x1d")
+        consoles[0].until(b"one runs on")
+        assert consoles[0].process.wait(DEADLINE) == 0
+        consoles[1].until(b"GUEST-TICK")
+    finally:
+        for console in consoles:
+            console.close()
     assert "is the VM one's" in host.boot("disk", "--name", "two", code=16).stderr
     assert host.states() == {"one": "running"}
     host("migrate", "one")  # to another QEMU on this host
