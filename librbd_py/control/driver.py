@@ -49,8 +49,10 @@ class ControlCallbacks(Protocol):
     def post_acquire(self) -> None:
         """The class lock is ours: refresh, lock the object map, open the gate. OSError gives the lock back."""
 
-    def pre_release(self) -> None:
-        """The lock is about to go: close the gate, drain, flush. OSError keeps the lock; leave the gate as it was."""
+    def pre_release(self, final: bool) -> None:
+        """The lock is about to go: close the gate, drain, flush. OSError keeps the lock; leave the gate as it was.
+        `final`: the image is being closed; OSError but ETIMEDOUT does not keep the lock, so let nothing in any more.
+        """
 
     def lost(self, failure: OSError) -> None:
         """Fenced (ESHUTDOWN) or the image is gone (ENOENT): fail everything from now on. Called at most once."""
@@ -366,7 +368,7 @@ class HeaderControl:
                 return self.diary.answer(self.state, self.policy, self.standing_by).encode()
             case nf.RequestLock(client):
                 self.diary.asked(client)
-                result = self._lock_event(le.PeerRequested())
+                result = self._lock_event(le.PeerRequested(client.gid, client.handle))
                 return b"" if result is None else nf.encode_response(-result)
         if wire.asks_owner(message) and not self._lock.owning:
             return b""
@@ -533,8 +535,8 @@ class HeaderControl:
                 return self._ask()
             case le.RunPostAcquire():
                 self._callbacks.post_acquire()
-            case le.RunPreRelease():
-                self._callbacks.pre_release()
+            case le.RunPreRelease(_, final):
+                self._callbacks.pre_release(final)
             case le.Unlock(_, cookie):
                 wire.unlock(ctx, oid, cookie)
             case le.SetCookie(_, old, new):

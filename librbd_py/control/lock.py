@@ -93,7 +93,7 @@ NEXT: dict[LockState, frozenset[LockState]] = {
     S.RELOCK_LOOKING: frozenset({S.RELOCKING, S.RELOCK_WAITING, S.LOCKED}),
     S.RELOCKING: frozenset({S.LOCKED, S.RELOCK_WAITING, S.QUIESCING}),
     S.RELOCK_WAITING: frozenset({S.LOCKED}),
-    S.QUIESCING: frozenset({S.UNLOCKING, S.LOCKED, S.OFFERING}),
+    S.QUIESCING: frozenset({S.QUIESCING, S.UNLOCKING, S.LOCKED, S.OFFERING}),
     S.UNLOCKING: frozenset({S.ANNOUNCING, S.UNLOCK_RETRY, S.UNLOCKING, S.LOOKING}),
     S.UNLOCK_RETRY: frozenset({S.UNLOCKING}),
     S.ANNOUNCING: frozenset({S.LOOKING, S.RETRACT_LOOKING, S.WAITING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
@@ -148,6 +148,7 @@ class LockMachine:
         self._release = False  # our own user wants it released
         self._for_peer = False  # the release under way was asked for by a peer
         self._news = False  # a peer acquired or released since the last look
+        self._final = False  # the pre-release under way is that of an image being closed
         self._quiesced = False  # pre-release ran, so UNLOCKING ends a real ownership
         self._failure = 0  # what draining answered when it failed at the end
         self._pending: str | None = None  # cookie that was sent to replace `cookie`, outcome perhaps unknown
@@ -157,6 +158,7 @@ class LockMachine:
         self._verifying = False
         self._seen = LockView()
         self._mine: set[str] = set()  # cookies this machine ever sent
+        self._handles: set[int] = set()  # of the watches it ever had
         self._out: list[Action] = []
 
     @property
@@ -237,7 +239,8 @@ class LockMachine:
 
     def _quiesce(self, for_peer: bool) -> None:
         self._for_peer = for_peer
-        self._do(S.QUIESCING, RunPreRelease)
+        self._final = final = self.stopping
+        self._do(S.QUIESCING, lambda op: RunPreRelease(op, final))
 
     def _fence(self, code: int) -> None:
         if self.state in (S.FENCED, S.STOPPED):
@@ -315,6 +318,7 @@ class LockMachine:
     def _on_watch_up(self, event: Event) -> None:
         assert isinstance(event, WatchUp)
         self.handle_now = event.handle
+        self._handles.add(event.handle)
         if self.state is S.NO_WATCH:
             self._settle()
         elif self.state is S.LOCKED:
@@ -355,8 +359,10 @@ class LockMachine:
             self._look()
 
     def _on_peer_requested(self, event: Event) -> None:
+        assert isinstance(event, PeerRequested)
         giving_up = self.state in (S.UNLOCKING, S.UNLOCK_RETRY)
-        if self.state not in HOLDING or self.cookie is None or (giving_up and not self._quiesced):
+        own = event.gid == self.gid and event.handle in self._handles  # a request of ours that came late
+        if self.state not in HOLDING or self.cookie is None or own or (giving_up and not self._quiesced):
             self._out.append(Reply(None))
         elif self.state in HANDING or self.hand.key is not None:
             self._out.append(Reply(errno.EAGAIN))
@@ -627,6 +633,9 @@ class LockMachine:
                 self.wanted = False
                 self._out.append(Acquired())
             self._renew()
+            return
+        if done.errno and not self._final:
+            self._quiesce(self._for_peer)  # closing came in between: not before the gate is shut for good
             return
         if self.hand.key is not None and not (self.stopping or self._release):
             handoff.make_offer(self)

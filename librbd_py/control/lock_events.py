@@ -131,7 +131,10 @@ class PeerReleased(Event):
 
 @dataclass(frozen=True)
 class PeerRequested(Event):
-    """Someone wants the lock: the answer is a Reply."""
+    """Someone wants the lock: the answer is a Reply. Gid and watch handle of who asks."""
+
+    gid: int = 0
+    handle: int = 0
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,10 @@ class RunPostAcquire:
 
 @dataclass(frozen=True)
 class RunPreRelease:
+    """`final`: the image is being closed, so its gate stays shut even when draining fails."""
+
     op: int
+    final: bool = False
 
 
 @dataclass(frozen=True)

@@ -565,7 +565,7 @@ class ImageHandle:
                     native.disown()
                 raise
 
-    def pre_release(self) -> None:
+    def pre_release(self, final: bool) -> None:
         with self._holds:
             self._releasing = True
             self._holds.wait_for(lambda: self._in_use == 0)
@@ -579,6 +579,10 @@ class ImageHandle:
                     self._publish()
                 if self.objects.native is not None:
                     self.objects.native.disown()
+            except BaseException:
+                if final:  # the lock goes all the same: no write may come after it
+                    self.data.fence(errno.ESHUTDOWN)
+                raise
             finally:
                 self.data.unblock(WRITES)
         finally:

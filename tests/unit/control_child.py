@@ -18,7 +18,7 @@ class Quiet:
     def post_acquire(self) -> None:
         pass
 
-    def pre_release(self) -> None:
+    def pre_release(self, final: bool) -> None:
         pass
 
     def lost(self, failure: OSError) -> None:
@@ -39,7 +39,7 @@ class Counting(Quiet):
     def post_acquire(self) -> None:
         self.value = int(self.ctx.read("counter", [Read()])[0])
 
-    def pre_release(self) -> None:
+    def pre_release(self, final: bool) -> None:
         self.ctx.write("counter", [WriteFull(str(self.value + 1).encode())])
         self.turns += 1
 

@@ -7,13 +7,14 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from librbd_py.control import lock_events as le
 from librbd_py.control import watch as wt
+from librbd_py.control.handoff import HANDING
 from librbd_py.control.lock import LockMachine
 from librbd_py.control.lock_events import LockState
-from librbd_py.format.lock import auto_cookie
+from librbd_py.format.lock import Offer, auto_cookie
 
 WRITING = frozenset(
     {
@@ -45,9 +46,12 @@ class Chances:
     shutdown: float = 0.005
     exclusive: float = 0.05
     full: float = 0.005  # the store becomes full, for some seconds
+    blocklist: float = 0.001  # an operator fences somebody
+    restart: float = 0.5  # of those who crash: the next one on this host knows that it is dead
+    slow: float = 0.1  # of answers and notifies
 
 
-CALM = Chances(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+CALM = Chances(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass
@@ -61,10 +65,26 @@ class Client:
     waits_stop: bool = False
     closed: bool = False
     lost: int = 0
+    gate: bool = False  # the image lets writes through
+    parked: bool = False  # all requests wait, for a hand-off
+    writing: int = 0  # writes in flight
+    drained: list[Callable[[], None]] = field(default_factory=list)  # to call when there are none
+    waits_offer: bool = False
+    waits_move: bool = False
+    answer: int = 0  # to the last Offer, TakeBack or TakeOver
+    moves: bool = False  # takes part in a migration
 
     @property
     def address(self) -> str:
         return self.lock.address
+
+    def __str__(self) -> str:
+        waits = [name for name, value in vars(self).items() if name.startswith("waits_") and value]
+        return f"client {self.gid} ({self.watch.state.name}, {self.lock.state.name}, {waits}, answered {self.answer})"
+
+    @property
+    def waits(self) -> bool:
+        return self.waits_lock or self.waits_release or self.waits_stop or self.waits_offer or self.waits_move
 
 
 class World:
@@ -74,7 +94,11 @@ class World:
         self.now = 0.0
         self.steps = 0
         self.grants = 0
+        self.writes = 0
         self.owner: le.Locker | None = None
+        self.owners: list[int] = []  # who held the lock, in turn
+        self.offered_at: dict[str, int] = {}  # nonce -> how many had held it then
+        self.fenced_in: set[LockState] = set()  # states in which somebody was put on the blocklist
         self.full = 0  # how many episodes of a full store overlap
         self.watchers: dict[tuple[int, int], str] = {}  # (gid, handle) -> address
         self.blocklist: set[str] = set()
@@ -93,7 +117,7 @@ class World:
         heapq.heappush(self._heap, (self.now + seconds, next(self._sequence), call))
 
     def latency(self) -> float:
-        return self.rng.random() * (0.01 if self.rng.random() < 0.9 else 2.0)
+        return self.rng.random() * (2.0 if self.hit(self.chances.slow) else 0.01)
 
     def hit(self, chance: float) -> bool:
         return chance > 0 and self.rng.random() < chance
@@ -114,9 +138,9 @@ class World:
 
     # --- clients ---------------------------------------------------------------------------------------------------
 
-    def join(self) -> Client:
+    def join(self, former: frozenset[str] = frozenset()) -> Client:
         gid = next(self._gids)
-        client = Client(gid, LockMachine(gid, f"10.0.0.{gid % 250}:0/{gid}"))
+        client = Client(gid, LockMachine(gid, f"10.0.0.{gid % 250}:0/{gid}", former=former))
         client.lock.exclusive = self.hit(self.chances.exclusive)
         self.clients.append(client)
         self.tell_watch(client, wt.Open())
@@ -135,6 +159,10 @@ class World:
                 self.tell_lock(client, le.Shutdown())
         elif self.hit(c.watch_loss) and client.watch.watch is not None:
             self.lose_watch(client, client.watch.watch)
+        elif self.hit(c.blocklist):
+            self.fenced_in.add(client.lock.state)
+            self.blocklist.add(client.address)
+            self._fenced(client.address)
         elif self.hit(c.full):
             self.full += 1
             self.after(self.rng.random() * 10, self._less_full)
@@ -143,9 +171,12 @@ class World:
             self.tell_lock(client, forged)
         else:
             what = self.rng.random()
-            if what < 0.7:
-                client.waits_lock = True
-                self.tell_lock(client, le.Acquire(ask=self.rng.random() < 0.7))
+            if what < 0.3:
+                self.write(client)
+            elif what < 0.75:
+                if not client.lock.hand.moving:  # as the driver
+                    client.waits_lock = True
+                    self.tell_lock(client, le.Acquire(ask=self.rng.random() < 0.7))
             elif what < 0.85:
                 client.waits_release = True
                 self.tell_lock(client, le.Release())
@@ -157,13 +188,14 @@ class World:
         self.full -= 1
 
     def crash(self, client: Client) -> None:
+        """Its writes in flight may still arrive."""
         client.alive = False
-        self._leave(client, self.rng.choice([0.0, 30.0]))
+        self._leave(client, self.rng.choice([0.0, 30.0]), self.hit(self.chances.restart))
 
-    def _leave(self, client: Client, seconds: float) -> None:
+    def _leave(self, client: Client, seconds: float, restart: bool = False) -> None:
         """Gone; the store notices by itself after a while."""
         self.clients.remove(client)
-        self.join()
+        self.join(frozenset({client.address} if restart else ()))
         for key in [k for k in self.watchers if k[0] == client.gid]:
             self.after(seconds, lambda key=key: self._drop_watch(key))  # type: ignore[misc]
 
@@ -185,6 +217,59 @@ class World:
                     if client.gid == gid:
                         lost = wt.Lost(handle, errno.ESHUTDOWN)
                         self.after(self.latency(), lambda client=client, lost=lost: self.tell_watch(client, lost))  # type: ignore[misc]
+
+    # --- the image: what the gate lets through ------------------------------------------------------------------------
+
+    def write(self, client: Client) -> None:
+        """One write of a guest, if it need not wait."""
+        if not client.alive or not client.gate or client.parked:
+            return
+        client.writing += 1
+
+        def arrives() -> None:
+            client.writing -= 1
+            if client.address in self.blocklist:
+                self.tell_lock(client, le.Fenced())
+            elif self.owner is None or self.owner.gid != client.gid:
+                raise Violation(f"a write of client {client.gid} arrives while {self.owner} owns the image")
+            elif Offer.parse(self.owner.mark) is not None:
+                raise Violation(f"client {client.gid} writes to what it has offered")
+            else:
+                self.writes += 1
+            if not client.writing:
+                ready, client.drained = client.drained, []
+                for call in ready:
+                    call()
+
+        self.after(self.latency(), arrives)
+
+    def drain(self, client: Client, then: Callable[[], None]) -> None:
+        if client.writing:
+            client.drained.append(then)
+        else:
+            then()
+
+    def _post_acquire(self, client: Client, op: int) -> None:
+        def end() -> None:
+            code = self._callback_code(client)
+            client.gate = client.alive and not code and not client.lost
+            self.tell_lock(client, le.Done(op, code))
+
+        self.after(self.latency(), end)
+
+    def _pre_release(self, client: Client, op: int, final: bool) -> None:
+        def end() -> None:
+            code = self._callback_code(client)
+            client.gate = bool(code) and not client.lost and not (final and code != errno.ETIMEDOUT)
+            self.tell_lock(client, le.Done(op, code))
+
+        client.gate = False
+        self.drain(client, lambda: self.after(self.latency(), end))
+
+    def _callback_code(self, client: Client) -> int:
+        if client.address in self.blocklist:
+            return errno.ESHUTDOWN
+        return self.rng.choice([errno.EIO, errno.ETIMEDOUT]) if self.hit(self.chances.failure) else 0
 
     # --- machines ----------------------------------------------------------------------------------------------------
 
@@ -210,6 +295,9 @@ class World:
                     if not client.lost:
                         assert self.owner is None or self.owner.gid != client.gid, "closed with the lock held"
                     client.alive = False
+                    self._leave(client, 30.0)
+                case wt.Opened(errno.ESHUTDOWN):
+                    client.alive = False  # fenced before it began: the program sees that it cannot open the image
                     self._leave(client, 30.0)
                 case wt.Opened(code) if code:
                     self.after(0.1, lambda: self.tell_watch(client, wt.Open()))
@@ -246,17 +334,23 @@ class World:
                     reply = result
                 case le.Acquired():
                     self.grants += 1
-                    client.waits_lock = False
-                case le.Refused():
-                    client.waits_lock = False
+                    client.waits_lock = client.waits_move = False
+                    client.answer = 0
+                case le.Refused(code):
+                    client.waits_lock = client.waits_move = False
+                    client.answer = code
                 case le.Released():
                     client.waits_release = False
+                case le.Offered(code):
+                    client.waits_offer = False
+                    client.answer = code
                 case le.Stopped(code):
                     client.waits_stop = False
                     if code == 0 or client.lock.state is LockState.STOPPED:
                         self.tell_watch(client, wt.Close())
                 case le.Lost():
                     client.lost += 1
+                    client.gate = False
                     if client.lost > 1:
                         raise Violation("lost twice")
                 case le.Sleep(op, seconds):
@@ -264,23 +358,18 @@ class World:
                 case le.AnnounceAcquired(handle):
                     self._notify(client, le.PeerAcquired(client.gid, handle), None)
                 case le.AnnounceReleased(op, _):
-                    self._notify(client, le.PeerReleased(), op)
+                    self._notify(client, le.PeerReleased(client.gid), op)
                 case le.Ask(op):
-                    self._notify(client, le.PeerRequested(), op)
-                case le.RunPostAcquire(op) | le.RunPreRelease(op):
-                    self._run_callback(client, op)
+                    self._notify(client, le.PeerRequested(client.gid, client.lock.handle_now or 0), op)
+                case le.RunPostAcquire(op):
+                    self._post_acquire(client, op)
+                case le.RunPreRelease(op, final):
+                    self._pre_release(client, op, final)
                 case _:
                     self._operate(client, action)
+        if reply == 0 and client.lock.state in HANDING:
+            raise Violation(f"client {client.gid} promises a stranger the lock it offers")
         return reply
-
-    def _run_callback(self, client: Client, op: int) -> None:
-        code = self.rng.choice([errno.EIO, errno.ETIMEDOUT]) if self.hit(self.chances.failure) else 0
-
-        def end() -> None:
-            fenced = client.address in self.blocklist
-            self.tell_lock(client, le.Done(op, errno.ESHUTDOWN if fenced else code))
-
-        self.after(self.latency(), end)
 
     def _operate(self, client: Client, action: le.Action) -> None:
         """The request reaches the store, takes effect there, and the answer comes back or is lost."""
@@ -309,7 +398,7 @@ class World:
                 return 0, le.LockView(self.owner)
             case le.TryLock(_, cookie):
                 if self.owner is None:
-                    self.owner = le.Locker(client.gid, cookie, client.address)
+                    self._owned(le.Locker(client.gid, cookie, client.address))
                     return 0, None
                 return (errno.EEXIST if mine and self.owner.cookie == cookie else errno.EBUSY), None
             case le.CheckOwner(_, owner):
@@ -323,7 +412,7 @@ class World:
                 self._fenced(address)
                 return 0, None
             case le.Break(_, owner):
-                if self.owner != owner:
+                if self.owner is None or (self.owner.gid, self.owner.cookie) != (owner.gid, owner.cookie):
                     return errno.ENOENT, None
                 self.owner = None
                 return 0, None
@@ -335,9 +424,30 @@ class World:
             case le.SetCookie(_, old, new):
                 if not mine or self.owner is None or self.owner.cookie != old:
                     return errno.EBUSY, None
-                self.owner = le.Locker(client.gid, new, client.address)
+                self.owner = replace(self.owner, cookie=new)
+                return 0, None
+            case le.Mark(_, owner, new):
+                if self.owner != owner:
+                    return errno.ECANCELED, None
+                self.owner = replace(owner, mark=new)
+                if offer := Offer.parse(new):
+                    if offer.nonce in self.offered_at:
+                        raise Violation(f"the generation {offer.nonce} is offered twice")
+                    self.offered_at[offer.nonce] = len(self.owners)
+                return 0, None
+            case le.TakeOffer(_, cookie, owner, mark):
+                if self.owner != owner:
+                    return errno.ECANCELED, None
+                offer = Offer.parse(owner.mark)
+                if offer is None or self.offered_at[offer.nonce] != len(self.owners):
+                    raise Violation(f"client {client.gid} takes what {owner} does not offer any more")
+                self._owned(le.Locker(client.gid, cookie, client.address, mark))
                 return 0, None
         raise AssertionError(action)
+
+    def _owned(self, locker: le.Locker) -> None:
+        self.owner = locker
+        self.owners.append(locker.gid)
 
     def _notify(self, sender: Client, event: le.Event, op: int | None) -> None:
         """Delivers to every watcher; answers `op` when all have acked or after 5 s."""
@@ -375,26 +485,38 @@ class World:
     # --- whole runs -----------------------------------------------------------------------------------------------
 
     def run(self, steps: int) -> None:
-        """Chaos for `steps` steps, then calm until everybody who waits was answered."""
+        """Chaos for `steps` steps, then calm until everybody who waits was answered and everybody has had the lock."""
         self.user()
         while self.steps < steps:
             self.step()
         self.chances = CALM
         self._heap = [entry for entry in self._heap if entry[2] != self.user]
         heapq.heapify(self._heap)
-        for client in self.clients:
-            client.lock.exclusive = False
-        deadline = self.now + 600.0
+        self.settle(600.0)
+        for client in [c for c in self.clients if c.alive and not (c.lost or c.closed or c.lock.stopping)]:
+            client.waits_lock = True
+            self.tell_lock(client, le.Acquire())
+            self.settle(120.0)
+            if not client.lock.owning:
+                raise Violation(f"{client} does not get the lock though nobody minds")
+
+    def settle(self, seconds: float) -> None:
+        """Nobody does anything new: every wait ends."""
+        deadline = self.now + seconds
         while self.now < deadline and self.step():
-            pass
+            for client in self.clients:
+                client.lock.exclusive = False
         for client in self.clients:
-            waits = (client.waits_lock, client.waits_release, client.waits_stop)
-            if any(waits):
-                raise Violation(f"client {client.gid} waits for ever in {client.lock.state}: {waits}")
-            if client.lost:
+            if client.waits:
+                raise Violation(f"{client} waits for ever")
+            if client.lost or not client.alive:
                 continue
-            fresh = le.Locker(client.gid, auto_cookie(client.watch.watch or 0), client.address)
-            if client.lock.owning and (self.owner != fresh or client.lock.cookie != fresh.cookie):
+            handle = client.watch.watch or 0
+            fresh = (client.gid, auto_cookie(handle), client.address)
+            held = self.owner and (self.owner.gid, self.owner.cookie, self.owner.address)
+            if client.lock.owning and (held != fresh or client.lock.cookie != fresh[1]):
                 raise Violation(f"{fresh} should hold the lock, not {self.owner}")
             if self.owner is not None and self.owner.gid == client.gid and not client.lock.owning:
                 raise Violation(f"client {client.gid} holds the lock and does not know")
+            if client.gate != client.lock.owning or client.parked:
+                raise Violation(f"the gate of {client} is {'open' if client.gate else 'closed'}, parked: {client.parked}")

@@ -49,7 +49,7 @@ class Image:
         if self.fail_acquire is not None:
             raise self.fail_acquire
 
-    def pre_release(self) -> None:
+    def pre_release(self, final: bool) -> None:
         self.note("release")
         if self.fail_release is not None:
             raise self.fail_release
@@ -181,7 +181,7 @@ def test_many_clients_take_turns_and_never_own_together(world: World) -> None:
             owners += 1
             worst = max(worst, owners)
 
-    def released() -> None:
+    def released(final: bool) -> None:
         nonlocal owners
         with guard:
             owners -= 1
