@@ -44,6 +44,15 @@ def rbd_disk(image: str, target: str, conf: str = "") -> str:
     )
 
 
+def removed(ioctx: rados.Ioctx, image: str) -> bool:
+    """False: a watch is left, which on Ceph outlives its client for a while."""
+    try:
+        rbd.RBD().remove(ioctx, image)
+    except rbd.ImageBusy:
+        return False
+    return True
+
+
 @dataclass
 class Domain:
     """A VM that may run on any of the hosts. `store` is a URL that means the same on all of them."""
@@ -96,7 +105,7 @@ class Domain:
         """Its images; it must not run any more."""
         with rados.Rados(conf={"rbdpy_store": self.store}) as cluster, cluster.open_ioctx("rbd") as ioctx:
             for image in self.images:
-                rbd.RBD().remove(ioctx, image)
+                wait_for(lambda image=image: removed(ioctx, image), f"{image} to be left by the dead")
         self.console_file.unlink(missing_ok=True)
 
     # --- what is seen of it

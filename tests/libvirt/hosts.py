@@ -202,6 +202,13 @@ class Host:
         self.libvirtd.wait()
         (self.folder / "sock/libvirt-sock").unlink(missing_ok=True)
 
+    def state(self, domain: str) -> str | None:
+        """As libvirt has it: "running", "paused" ...; None: it knows no such domain."""
+        try:
+            return self.virsh("domstate", domain).strip()
+        except HostError:
+            return None
+
     def pid_of(self, domain: str) -> int | None:
         """The QEMU of a running domain."""
         try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from librbd_py import rados, rbd
@@ -79,6 +80,19 @@ class Verdict:
     @property
     def right(self) -> bool:
         return not (self.lost or self.wrong or self.zombies)
+
+    @classmethod
+    def total(cls, verdicts: Iterable[Verdict]) -> Verdict:
+        """What was read all together; a guest that was looked at twice counts twice."""
+        total = cls(0, 0, 0)
+        for each in verdicts:
+            total.blocks += each.blocks
+            total.acknowledged += each.acknowledged
+            total.epochs += each.epochs
+            total.lost += each.lost
+            total.wrong += each.wrong
+            total.zombies += each.zombies
+        return total
 
     def __str__(self) -> str:
         said = (

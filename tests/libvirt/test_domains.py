@@ -32,15 +32,25 @@ def test_a_vm_starts_migrates_there_and_back_and_is_destroyed(world: World, tran
     assert time.monotonic() < end
 
 
-def test_the_guest_verifies_its_whole_disk_after_migrations(world: World) -> None:
-    """Every block the guest wrote, last version, read back by itself, after four migrations under its load."""
-    domain = world.running(append="rbdpy.mode=load rbdpy.seconds=25 rbdpy.threads=4")
-    for source, destination in (world.hosts, world.hosts[::-1]) * 2:
-        world.migrate(domain, source, destination)
-        domain.check_console()
-    domain.wait_for_console("GUEST-CHECK ok", seconds=120)
-    assert "errors=0" in domain.console
-    domain.check_console()
+@pytest.mark.soak
+@pytest.mark.parametrize(("transport", "store"), SIDES)
+def test_a_vm_moves_all_day(world: World, transport: str, store: str) -> None:
+    domain = world.running(transport, store)
+    for _ in range(25):
+        for source, destination in (world.hosts, world.hosts[::-1]):
+            world.migrate(domain, source, destination)
+            world.check(domain, destination)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("store", ["embedded", "ceph"])
+def test_the_service_dies_twenty_times_under_load(world: World, store: str) -> None:
+    domain = world.running("vhost-user", store)
+    for _ in range(20):
+        world.alpha.kill_service()
+        world.alpha.start_service()
+        domain.wait_for_progress()
+    world.check(domain, world.alpha)
 
 
 def test_shutdown_ends_the_guest_and_frees_the_image(world: World) -> None:

@@ -74,6 +74,7 @@ class World:
     folder_store: str  # URL
     cluster: DevCluster
     domains: list[Domain] = field(default_factory=list)
+    kept: dict[tuple[str, str], Domain] = field(default_factory=dict)  # that go on from test to test, paused between
     verdicts: list[Verdict] = field(default_factory=list)
 
     @property
@@ -98,6 +99,37 @@ class World:
         domain.wait_for_progress(1)
         return domain
 
+    def kept_running(self, transport: str, store: str) -> tuple[Domain, Host, Host]:
+        """A domain that an earlier test may have used; the host that runs it, and the other one."""
+        domain = self.kept.get((transport, store))
+        if domain is None:
+            domain = self.kept[transport, store] = self.running(transport, store)
+            self.domains.remove(domain)
+            return domain, self.alpha, self.beta
+        (source,) = [host for host in self.hosts if host.state(domain.name) == "paused"]
+        source.virsh("resume", domain.name)
+        domain.wait_for_progress(1)
+        return domain, source, self.alpha if source is self.beta else self.beta
+
+    def keep(self, domain: Domain) -> None:
+        """Pauses it for a look at what it wrote, and for the next test."""
+        (host,) = self.where(domain)
+        host.virsh("suspend", domain.name)
+        self.look_at(domain)
+
+    def drop_kept(self, only: Domain | None = None) -> None:
+        for key, domain in list(self.kept.items()):
+            if only in (None, domain):
+                del self.kept[key]
+                self.end(domain)
+
+    def look_at(self, domain: Domain) -> None:
+        """What it wrote must be there; it is paused, or gone."""
+        if domain.writes:
+            verdict = domain.judge()
+            self.verdicts.append(verdict)
+            assert verdict.right, str(verdict)
+
     # --- migration
 
     def migrate(self, domain: Domain, source: Host, destination: Host) -> None:
@@ -117,15 +149,7 @@ class World:
 
     def where(self, domain: Domain) -> list[Host]:
         """The hosts whose QEMU of the domain runs its processors."""
-        found = []
-        for host in self.hosts:
-            try:
-                state = host.virsh("domstate", domain.name).strip()
-            except HostError:
-                continue
-            if state == "running":
-                found.append(host)
-        return found
+        return [host for host in self.hosts if host.state(domain.name) == "running"]
 
     def check(self, domain: Domain, host: Host) -> None:
         """The VM runs on that host and no other, its load goes on without an error, and the lock is that host's."""
@@ -143,10 +167,7 @@ class World:
                 except HostError:
                     pass  # not there
         wait_for(lambda: not domain.hosts_that_watch(), f"the watches of {domain.name} to go", 30)
-        if domain.writes:
-            verdict = domain.judge()
-            self.verdicts.append(verdict)
-            assert verdict.right, str(verdict)
+        self.look_at(domain)
         domain.remove()
 
 
