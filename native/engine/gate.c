@@ -291,6 +291,40 @@ void gate_fence(struct image *i, int err)
     ready_run(&q);
 }
 
+static void drop_from(struct req **first, struct req ***last, uint64_t *count, struct ready *q,
+                      bool (*whose)(const struct req *, const void *), const void *who)
+{
+    struct req **link = first;
+    while (*link) {
+        struct req *r = *link;
+        if (whose(r, who)) {
+            *link = r->next;
+            --*count;
+            r->epoch = NULL;
+            r->result = -ECANCELED;
+            ready_add(q, r);
+        } else {
+            link = &r->next;
+        }
+    }
+    *last = link;
+}
+
+void image_drop(struct image *i, bool (*whose)(const struct req *, const void *who), const void *who)
+{
+    struct ready q;
+    ready_init(&q);
+    pthread_mutex_lock(&i->lock);
+    uint64_t parked = i->parked_count, throttled = i->throttle.waiting;
+    drop_from(&i->parked, &i->parked_last, &parked, &q, whose, who);
+    drop_from(&i->throttle.first, &i->throttle.last, &throttled, &q, whose, who);
+    i->parked_count = parked;
+    i->throttle.waiting = throttled;
+    flags_update(i);
+    pthread_mutex_unlock(&i->lock);
+    ready_run(&q);
+}
+
 /* The view of the newest epoch before `seq`, with a reference; NULL: there is none. */
 static struct view *view_before(struct image *i, uint64_t *seq)
 {

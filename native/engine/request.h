@@ -55,6 +55,9 @@ struct req {
 /* Never fails: errors arrive in req->result. Requests parked by the gate wait; they fail only when the image is fenced
  * or closed. done() may submit again, also from within image_submit(): mind the stack. */
 void image_submit(struct image *, struct req *);
+/* Who sent them is gone: requests that still wait at the gate and for which whose() is true end with -ECANCELED, and never
+ * reach the store. Those that have passed go on. done() runs before this returns. whose() must not block, nor call us. */
+void image_drop(struct image *, bool (*whose)(const struct req *, const void *who), const void *who);
 
 /* Facts a transport tells its peer; they change with a resize (then the export's `changed` callback runs). */
 uint64_t image_size(struct image *);      /* bytes */

@@ -195,6 +195,7 @@ enum nbd_want nbd_command(struct nbd_conn *);
 void nbd_command_skipped(struct nbd_conn *);                   /* the payload of c->refused is gone */
 void nbd_status_run(struct job *);
 void nbd_command_submit(struct nbd_conn *, struct nbd_slot *); /* a WRITE whose payload is complete */
+void nbd_command_drop(struct nbd_conn *); /* who sent them is gone: what waits at the gate is not done */
 
 /* nbd_conn.c */
 int nbd_conn_new(struct nbd_server *, int fd); /* takes fd, closes it on failure */

@@ -109,6 +109,16 @@ static void request_done(struct req *r)
     nbd_conn_completed(r->owner);
 }
 
+static bool sent_here(const struct req *r, const void *conn)
+{
+    return r->done == request_done && ((const struct nbd_slot *)r->owner)->conn == conn;
+}
+
+void nbd_command_drop(struct nbd_conn *c)
+{
+    image_drop(c->image, sent_here, c);
+}
+
 static void submit(struct nbd_conn *c, struct nbd_slot *s, enum req_type type, unsigned flags)
 {
     s->req.type = type;

@@ -111,6 +111,8 @@ static void close_socket(struct nbd_conn *c)
     free(c->text);
     c->text = NULL;
     c->text_at = c->text_end = 0;
+    if (c->image && c->in_flight)
+        nbd_command_drop(c);
     nbd_server_socket_closed(c->server);
 }
 

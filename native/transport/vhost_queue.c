@@ -414,6 +414,11 @@ static void update(struct vhost_queue *q)
     }
 }
 
+static bool sent_here(const struct req *r, const void *queue)
+{
+    return r->done == on_done && ((const struct slot *)r->owner)->queue == queue;
+}
+
 static void on_command(struct post *p)
 {
     struct vhost_queue *q = p->owner;
@@ -429,6 +434,7 @@ static void on_command(struct post *p)
     if (commands & 1u << QUEUE_ABANDON) {
         stop_reading(q);
         q->abandoned = true;
+        image_drop(q->device->image, sent_here, q);
         answer(q, QUEUE_ABANDON);
     }
     if (commands & 1u << QUEUE_STOP) {

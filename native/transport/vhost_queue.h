@@ -30,7 +30,8 @@ struct ring_config {
 enum queue_command {
     QUEUE_START,   /* once */
     QUEUE_UPDATE,  /* memory, log, enabled, call, err, kick and log address have changed */
-    QUEUE_ABANDON, /* read nothing more, and never touch ring or in-flight table again; answered at once */
+    QUEUE_ABANDON, /* read nothing more, and never touch ring or in-flight table again; answered at once. What has not
+                    * reached the store never will: the in-flight table still has it, for who comes next */
     QUEUE_STOP,    /* read nothing more; answered when nothing is in flight */
     QUEUE_LOSS,    /* no command, only an answer: shared memory was lost somewhere in this process. Is it yours? */
     QUEUE_COMMANDS

@@ -142,6 +142,29 @@ __attribute__((unused)) static void fake_hold(struct image *i, uint64_t from, ui
     }
 }
 
+void image_drop(struct image *i, bool (*whose)(const struct req *, const void *), const void *who)
+{
+    struct req *dropped = NULL;
+    pthread_mutex_lock(&i->lock);
+    for (struct req **link = &i->parked; *link;) {
+        struct req *r = *link;
+        if (whose(r, who)) {
+            *link = r->next;
+            r->next = dropped;
+            dropped = r;
+        } else {
+            link = &r->next;
+        }
+    }
+    pthread_mutex_unlock(&i->lock);
+    while (dropped) {
+        struct req *next = dropped->next;
+        dropped->result = -ECANCELED;
+        dropped->done(dropped);
+        dropped = next;
+    }
+}
+
 int rbdn_image_fence(struct image *i, int err)
 {
     pthread_mutex_lock(&i->lock);

@@ -246,8 +246,11 @@ def test_stranger_in_between_makes_the_destination_refuse(world: World) -> None:
             guest.leave(target)
             assert source
             guest.leave(source)
-            b.daemon.kill()
-            await b.daemon.disconnect()
+            # what it had asked for is never done
+            await b.daemon.execute("block-export-del", {"id": "v", "mode": "hard"})
+            await b.daemon.execute("blockdev-del", {"node-name": "d0"})
+            with await asyncio.to_thread(world.stranger) as stranger:
+                assert bytes(stranger.data.read(0, 512)) == b"s" * 512
 
     run(work())
 
