@@ -519,4 +519,5 @@ class World:
             if self.owner is not None and self.owner.gid == client.gid and not client.lock.owning:
                 raise Violation(f"client {client.gid} holds the lock and does not know")
             if client.gate != client.lock.owning or client.parked:
-                raise Violation(f"the gate of {client} is {'open' if client.gate else 'closed'}, parked: {client.parked}")
+                gate = "open" if client.gate else "closed"
+                raise Violation(f"the gate of {client} is {gate}, parked: {client.parked}")
