@@ -1,4 +1,4 @@
-"""`python -m tests.libvirt.guard BRIDGE`: ends hosts when standard input ends, which tells it their mount namespaces.
+"""`python -m tests.libvirt.guard BRIDGE`: ends hosts when standard input ends, which tells it their UTS namespaces.
 
 The other end is held by the test run, which may end in any way.
 """
@@ -17,19 +17,19 @@ SECONDS = 30.0
 
 
 def members(namespace: int) -> list[int]:
-    """Processes in a mount namespace."""
+    """Processes in a UTS namespace: libvirt gives each QEMU mounts of its own, but no host name."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
-                if os.stat(entry / "ns/mnt").st_ino == namespace:
+                if os.stat(entry / "ns/uts").st_ino == namespace:
                     found.append(int(entry.name))
     return found
 
 
 def end_namespace(namespace: int) -> None:
     """SIGKILLs all of them; returns when they are gone. TimeoutError."""
-    if namespace == os.stat("/proc/self/ns/mnt").st_ino:
+    if namespace == os.stat("/proc/self/ns/uts").st_ino:
         raise ValueError("that is the machine's own")
     end = time.monotonic() + SECONDS
     while pids := members(namespace):
@@ -39,7 +39,7 @@ def end_namespace(namespace: int) -> None:
             with suppress(OSError):
                 handle = os.pidfd_open(pid)
                 try:
-                    if os.stat(f"/proc/{pid}/ns/mnt").st_ino == namespace:  # still that process
+                    if os.stat(f"/proc/{pid}/ns/uts").st_ino == namespace:  # still that process
                         signal.pidfd_send_signal(handle, signal.SIGKILL)
                 finally:
                     os.close(handle)

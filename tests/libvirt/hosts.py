@@ -222,7 +222,7 @@ class Host:
         return file.read_text(errors="replace")[-size:] if file.exists() else ""
 
     def close(self) -> None:
-        """Ends every process inside, by their mount namespace, and so the namespaces. Idempotent."""
+        """Ends every process inside, by their UTS namespace, and so the namespaces. Idempotent."""
         if self._anchor.poll() is None:
             end_namespace(self.namespace)
         for process in (self._anchor, *self._processes):
@@ -230,8 +230,8 @@ class Host:
 
     @property
     def namespace(self) -> int:
-        """Number of its mount namespace."""
-        return os.stat(f"/proc/{self._anchor.pid}/ns/mnt").st_ino
+        """Number of its UTS namespace."""
+        return os.stat(f"/proc/{self._anchor.pid}/ns/uts").st_ino
 
 
 class Machine:
