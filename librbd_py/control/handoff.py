@@ -102,10 +102,18 @@ def offering_done(m: LockMachine, done: Done) -> None:
 def _offered(m: LockMachine) -> None:
     assert m.hand.offer is not None and m.cookie is not None
     m.hand.record = Locker(m.gid, m.cookie, m.address, m.hand.offer.mark)
+    _rest_offered(m, 0)
+
+
+def _rest_offered(m: LockMachine, code: int) -> None:
+    """In OFFERED, perhaps: does what came up meanwhile."""
+    assert m.cookie is not None
     m._go(S.OFFERED)
-    answer_offer(m, 0)
+    answer_offer(m, code)
     if m.stopping or m._release:
         m._start_unlock_unused(m.cookie)
+    elif m.wanted:
+        _retract(m)  # a TakeBack came while the lock was being read
 
 
 def _ours(m: LockMachine, done: Done) -> bool:
@@ -118,11 +126,7 @@ def offer_looked(m: LockMachine, done: Done) -> None:
     if done.errno == errno.ENOENT:
         m._fence(done.errno)
     elif done.errno:
-        m._go(S.OFFERED)  # perhaps: taking it back finds out
-        answer_offer(m, done.errno)
-        if m.stopping or m._release:
-            assert m.cookie is not None
-            m._start_unlock_unused(m.cookie)
+        _rest_offered(m, done.errno)  # taking it back finds out
     elif not _ours(m, done):
         owner = done.value.owner
         if m.hand.key is None or (owner is not None and owner.mark == m.hand.offer.taken):

@@ -579,8 +579,8 @@ class ImageHandle:
                     self._publish()
                 if self.objects.native is not None:
                     self.objects.native.disown()
-            except BaseException:
-                if final:  # the lock goes all the same: no write may come after it
+            except OSError as failure:
+                if final and failure.errno != errno.ETIMEDOUT:  # the lock goes all the same: no write may come after it
                     self.data.fence(errno.ESHUTDOWN)
                 raise
             finally:

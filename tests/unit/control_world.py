@@ -181,8 +181,13 @@ class World:
                 client.waits_release = True
                 self.tell_lock(client, le.Release())
             elif client.waits_lock:
-                client.waits_lock = False
-                self.tell_lock(client, le.Abandon())
+                self.abandon(client)
+
+    def abandon(self, client: Client) -> None:
+        """One waiter gives up; as in the driver the machine hears of it when it was the last."""
+        client.waits_lock = False
+        if not client.waits_move:
+            self.tell_lock(client, le.Abandon())
 
     def _less_full(self) -> None:
         self.full -= 1
@@ -194,6 +199,8 @@ class World:
 
     def _leave(self, client: Client, seconds: float, restart: bool = False) -> None:
         """Gone; the store notices by itself after a while."""
+        if client not in self.clients:
+            return  # closed while it was being fenced
         self.clients.remove(client)
         self.join(frozenset({client.address} if restart else ()))
         for key in [k for k in self.watchers if k[0] == client.gid]:
@@ -406,7 +413,9 @@ class World:
                 return 0, (owner.cookie, owner.address) in watched
             case le.Blocklist(_, address):
                 # One that loses its watch may be taken for dead; one that never did must not.
-                if any(c.address == address and c.watch.watch and c.gid not in self.lossy for c in self.clients):
+                fenced = address in self.blocklist  # by an operator, and has not heard of it
+                living = [c for c in self.clients if c.address == address and c.watch.watch and c.gid not in self.lossy]
+                if living and not fenced:
                     raise Violation("a living owner is fenced")
                 self.blocklist.add(address)
                 self._fenced(address)
@@ -500,12 +509,20 @@ class World:
             if not client.lock.owning:
                 raise Violation(f"{client} does not get the lock though nobody minds")
 
+    def calm(self) -> None:
+        """Nobody keeps a lock for good, and programs close the images that they lost."""
+        for client in self.clients:
+            client.lock.exclusive = False
+            if client.lost and not (client.waits_stop or client.closed):
+                client.waits_stop = True
+                self.tell_lock(client, le.Shutdown())
+                break  # the list has changed
+
     def settle(self, seconds: float) -> None:
         """Nobody does anything new: every wait ends."""
         deadline = self.now + seconds
         while self.now < deadline and self.step():
-            for client in self.clients:
-                client.lock.exclusive = False
+            self.calm()
         for client in self.clients:
             if client.waits:
                 raise Violation(f"{client} waits for ever")

@@ -1,0 +1,129 @@
+"""A million random steps of a world in which VMs migrate: the lock of each moves with it, or its new host is refused.
+RBDPY_SOAK: a hundred million. A failure names the seed: `MovingWorld(seed, clients(seed)).run(STEPS)` is it again."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+import pytest
+
+from librbd_py.control import handoff
+from librbd_py.control import lock_events as le
+from librbd_py.control.lock import ANSWERS, LockMachine
+from librbd_py.control.lock_events import LockState
+from tests.unit.control_moves import MovingWorld
+from tests.unit.control_world import CALM, Chances, Violation
+
+STEPS = 5000
+PARTS = 4
+SEEDS = 20_000 if os.environ.get("RBDPY_SOAK") else 200
+
+
+def clients(seed: int) -> int:
+    return 2 + seed % 4
+
+
+def run(seed: int, chances: Chances | None = None, steps: int = STEPS) -> MovingWorld:
+    world = MovingWorld(seed, clients(seed), chances)
+    try:
+        world.run(steps)
+    except AssertionError as failure:  # a Violation, or a step that the machine's table does not know
+        raise Violation(f"seed {seed}: {failure}") from failure
+    return world
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_million_steps_of_migrations(part: int) -> None:
+    worlds = [run(seed) for seed in range(part, SEEDS, PARTS)]
+    assert sum(world.steps for world in worlds) >= STEPS * SEEDS // PARTS
+    assert min(sum(world.moved for world in worlds), sum(world.returned for world in worlds)) > SEEDS // PARTS
+    assert sum(world.refused for world in worlds) > 10 and sum(world.writes for world in worlds) > SEEDS
+
+
+def test_somebody_is_fenced_in_every_state() -> None:
+    missing = set(LockState) - {LockState.FENCED, LockState.STOPPED}
+    # Slow, so that time passes in each.
+    often = Chances(lost_answer=0.15, failure=0.05, watch_loss=0.1, blocklist=0.02, slow=0.3)
+    for seed in range(300):
+        missing -= run(seed, often).fenced_in
+        if not missing:
+            break
+    assert not missing
+
+
+def test_a_rough_network_changes_nothing() -> None:
+    rough = Chances(0.15, 0.1, 0.3, 0.3, 0.1, 0.1, 0.03, 0.02, 0.2)
+    for seed in range(20):
+        run(3000 + seed, rough)
+
+
+def test_without_faults_they_move_all_the_same() -> None:
+    """But for hosts that die in a migration: the world allows nobody else to be fenced."""
+    for seed in range(4):
+        world = run(seed, CALM)
+        assert world.moved > 2 and world.grants > 20
+        assert not world.blocklist & {client.address for client in world.clients}
+
+
+@pytest.mark.parametrize("answer", [0, errno.ETIMEDOUT], ids=["still offered", "no answer"])
+def test_a_vm_that_comes_back_while_the_offer_is_looked_at(answer: int) -> None:
+    """A wait that had no exit."""
+    machine = LockMachine(4100, "10.0.0.1:0/1")
+
+    def step(event: le.Event) -> le.Action:
+        return machine.handle(event)[-1]
+
+    def done(action: le.Action, value: object = None, code: int = 0) -> le.Action:
+        return step(le.Done(action.op, code, value))  # type: ignore[union-attr]
+
+    machine.handle(le.WatchUp(5))
+    announced = done(done(done(step(le.Acquire()), le.LockView())))
+    assert isinstance(announced, le.AnnounceAcquired)
+    mark = done(step(le.Offer("uuid:1")))
+    assert isinstance(mark, le.Mark) and isinstance(done(mark), le.Offered)
+    look = step(le.PeerAcquired(9, 9))
+    assert machine.handle(le.TakeBack()) == []
+    view = le.LockView(le.Locker(4100, "auto 5", "10.0.0.1:0/1", mark.new))
+    assert isinstance(done(look, view, answer), le.Mark)
+    assert machine.state is LockState.RETRACTING
+
+
+# --- the simulation finds what is wrong ----------------------------------------------------------------------------
+
+
+def takes_back_without_asking_the_store(machine: LockMachine, done: le.Done) -> None:
+    handoff.retract_done(machine, le.Done(done.op, 0))
+
+
+def believes_a_lost_take_over(machine: LockMachine, done: le.Done) -> None:
+    handoff.taking_done(machine, le.Done(done.op, 0))
+
+
+def forgets_who_waits_when_it_was_taken(machine: LockMachine, done: le.Done) -> None:
+    handoff.retract_looked(machine, done)
+    machine._out = [action for action in machine._out if not isinstance(action, le.Refused)]
+
+
+def leaves_an_unanswered_offer(machine: LockMachine, done: le.Done) -> None:
+    handoff.offering_done(machine, done)
+    machine._out = [action for action in machine._out if not isinstance(action, le.Offered)]
+
+
+@pytest.mark.parametrize(
+    ("state", "mutant"),
+    [
+        (LockState.RETRACTING, takes_back_without_asking_the_store),
+        (LockState.TAKING, believes_a_lost_take_over),
+        (LockState.RETRACT_LOOKING, forgets_who_waits_when_it_was_taken),
+        (LockState.OFFERING, leaves_an_unanswered_offer),
+    ],
+)
+def test_the_simulation_catches_a_machine_that(
+    state: LockState, mutant: Callable[[LockMachine, le.Done], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ANSWERS, state, mutant)
+    with pytest.raises(Violation, match=r"^seed \d+: "):
+        for seed in range(400):
+            run(seed, steps=1000)
