@@ -107,13 +107,12 @@ def _offered(m: LockMachine) -> None:
 
 def _rest_offered(m: LockMachine, code: int) -> None:
     """In OFFERED, perhaps: does what came up meanwhile."""
-    assert m.cookie is not None
     m._go(S.OFFERED)
     answer_offer(m, code)
     if m.stopping or m._release:
-        m._start_unlock_unused(m.cookie)
+        m._withdraw()
     elif m.wanted:
-        _retract(m)  # a TakeBack came while the lock was being read
+        retract(m)  # a TakeBack came while the lock was being read
 
 
 def _ours(m: LockMachine, done: Done) -> bool:
@@ -163,12 +162,20 @@ def on_take_back(m: LockMachine, event: le.Event) -> None:
         m.wanted = m._ask = True
         m.hand.attempts = 0
         if m.state is S.OFFERED:
-            _retract(m)
+            retract(m)
         elif m.state is S.UNLOCKED:
             m._do(S.RETRACT_LOOKING, le.Look)
 
 
-def _retract(m: LockMachine) -> None:
+def was_offered(m: LockMachine, owner: Locker) -> bool:
+    """Our record, as read, offers the lock: an unlocking of it came to nothing."""
+    m.hand.offer = Offer.parse(owner.mark)
+    m.hand.record = owner if m.hand.offer is not None else None
+    m.hand.attempts = 0
+    return m.hand.offer is not None
+
+
+def retract(m: LockMachine) -> None:
     record = m.hand.record
     assert record is not None
     m.hand.attempts += 1
@@ -193,7 +200,7 @@ def retract_looked(m: LockMachine, done: Done) -> None:
         if mark != m.hand.offer.mark:
             _owner_again(m, mark)
         elif m.hand.attempts < RETRACT_ATTEMPTS and not (m.stopping or m._release):
-            _retract(m)
+            retract(m)
         else:
             _not_back(m, errno.ETIMEDOUT)
     elif done.value.owner is not None and done.value.owner.mark == m.hand.offer.taken:

@@ -78,7 +78,7 @@ NEXT: dict[LockState, frozenset[LockState]] = {
     S.UNLOCKED: frozenset({S.NO_WATCH, S.LOOKING, S.RETRACT_LOOKING, S.STOPPED}),
     S.NO_WATCH: frozenset({S.LOOKING, S.RETRACT_LOOKING, S.UNLOCKED, S.STOPPED}),
     S.LOOKING: frozenset(
-        {S.LOCKING, S.TAKING, S.CHECKING, S.RELOOKING, S.WAITING, S.POST_ACQUIRING, S.UNLOCKING}
+        {S.LOCKING, S.TAKING, S.RETRACTING, S.CHECKING, S.RELOOKING, S.WAITING, S.POST_ACQUIRING, S.UNLOCKING}
         | {S.NO_WATCH, S.UNLOCKED, S.STOPPED}
     ),
     S.LOCKING: frozenset({S.POST_ACQUIRING, S.UNLOCKING, S.LOOKING, S.WAITING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
@@ -293,8 +293,7 @@ class LockMachine:
         elif self.state is S.LOCKED:
             self._quiesce(False)
         elif self.state is S.OFFERED:
-            assert self.cookie is not None
-            self._start_unlock_unused(self.cookie)  # ENOENT when it was taken: as good
+            self._withdraw()
 
     def _on_shutdown(self, event: Event) -> None:
         if self.state is S.STOPPED:
@@ -312,8 +311,7 @@ class LockMachine:
         elif self.state is S.LOCKED:
             self._quiesce(False)
         elif self.state is S.OFFERED:
-            assert self.cookie is not None
-            self._start_unlock_unused(self.cookie)  # ENOENT when it was taken: as good
+            self._withdraw()
 
     def _on_watch_up(self, event: Event) -> None:
         assert isinstance(event, WatchUp)
@@ -422,7 +420,9 @@ class LockMachine:
             # An attempt of ours whose answer was lost: keep it, or take back what quotes a watch that is gone.
             self.cookie = owner.cookie
             self.hand.mark = owner.mark
-            if owner.cookie == cookie:
+            if handoff.was_offered(self, owner):
+                handoff.retract(self)
+            elif owner.cookie == cookie:
                 self._do(S.POST_ACQUIRING, RunPostAcquire)
             else:
                 self._start_unlock_unused(owner.cookie)
@@ -438,6 +438,14 @@ class LockMachine:
         self._for_peer = False
         self._attempts = 0
         self._unlock(cookie)
+
+    def _withdraw(self) -> None:
+        """Unlocks what was offered. ENOENT when it was taken: as good. When the store cannot, we stay its owner."""
+        assert self.cookie is not None
+        self._quiesced = True
+        self._for_peer = False
+        self._attempts = 0
+        self._unlock(self.cookie)
 
     def _locked(self, done: Done) -> None:
         assert self.cookie is not None
