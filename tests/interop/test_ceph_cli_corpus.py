@@ -65,6 +65,7 @@ _ALIKE = (
     (r"client\.\d+ *", "client.N "),  # in tables they make columns wider
     (r"127\.0\.0\.1:0/\d+ *", "ADDRESS"),
     (r"\b(Locker|Address) +", r"\1 "),
+    (r"((?:\bid: |\"id\":\"|rbd_data\.)|(?m:^))[0-9a-f]{5,9}\b(?=[\n\"} ])", r"\1ID "),  # an id is short by chance
     (r"\b[0-9a-f]{10,20}\b *", "ID "),
 )
 
