@@ -47,7 +47,8 @@ class SourceSnapshot:
 
 class Source(Protocol):
     """Any number of threads may use one. Every failure is OSError with an errno. A call takes memory and time that
-    depend on what was asked for, never on what the other side claims; a side that stops answering is ETIMEDOUT in the end.
+    depend on what was asked for, never on what the other side claims; a side that stops answering is ETIMEDOUT in the
+    end.
 
     A point is a snapshot, by its index in `snapshots`, or None for the source as it is now (HEAD).
     """
