@@ -27,15 +27,17 @@ def is_ceph(url: str) -> bool:
     return kind in ("ceph", "rados") or ("/" in kind and os.path.isfile(url))
 
 
-def connect(url: str | None = None, ceph: ClusterOptions | None = None, *, share: bool = True) -> Store:
+def connect(
+    url: str | None = None, ceph: ClusterOptions | None = None, *, share: bool = True, create: bool = True
+) -> Store:
     """A connection; close it. On Ceph all that mean the same cluster and user are one client unless `share` is False;
     on other stores each is its own.
 
-    `embedded:/path` or a plain path: the store in that folder (made when missing). `ceph[:CONF][?user=NAME]`, or a
-    plain path to a file: a Ceph cluster, as CONF (else $CEPH_CONF, else /etc/ceph/ceph.conf) says; other options of
-    Ceph's may follow as `&OPTION=VALUE`; what the URL leaves open comes from `ceph`. `memory:NAME`: a cluster inside
-    this process, for tests. None: $RBDPY_STORE, else /var/lib/rbdpy. EINVAL for anything else, ENOPKG for Ceph without
-    librados.
+    `embedded:/path` or a plain path: the store in that folder (made when missing, unless `create` is False: ENOENT).
+    `ceph[:CONF][?user=NAME]`, or a plain path to a file: a Ceph cluster, as CONF (else $CEPH_CONF, else
+    /etc/ceph/ceph.conf) says; other options of Ceph's may follow as `&OPTION=VALUE`; what the URL leaves open comes
+    from `ceph`. `memory:NAME`: a cluster inside this process, for tests. None: $RBDPY_STORE, else /var/lib/rbdpy.
+    EINVAL for anything else, ENOPKG for Ceph without librados.
     """
     if url is None:
         url = default_url()
@@ -56,4 +58,4 @@ def connect(url: str | None = None, ceph: ClusterOptions | None = None, *, share
         )
     from .embedded import EmbeddedStore
 
-    return EmbeddedStore(path, create=True)
+    return EmbeddedStore(path, create=create)
