@@ -64,6 +64,7 @@ class Host:
         self.uri = f"qemu+unix:///system?socket={self.folder}/sock/libvirt-sock"
         self._machine = machine
         self._processes: list[subprocess.Popen[bytes]] = []
+        self.libvirtd: subprocess.Popen[bytes] | None = None
         self._make_folders()
         ready = self.folder / "ready"
         mounts = "".join(f"mkdir -p /{path}; mount --bind {self.folder}/{path} /{path}\n" for path in MOUNTS)
@@ -143,7 +144,9 @@ class Host:
     # --- libvirtd
 
     def start_libvirtd(self) -> None:
-        """Returns when it answers. Hooks that it finds now are called from then on."""
+        """Returns when it answers. Hooks that it finds now are called from then on. HostError: one runs."""
+        if self.libvirtd is not None and self.libvirtd.poll() is None:
+            raise HostError(f"{self.name} has a libvirtd")
         config = "/etc/libvirt/libvirtd.conf"
         self.libvirtd = self.start("libvirtd", "-f", config, "-p", "/run/libvirt/libvirtd.pid", log="libvirtd.out")
         socket = self.folder / "sock/libvirt-sock"

@@ -11,6 +11,7 @@ import pytest
 
 from tests.libvirt.guard import members
 from tests.libvirt.hosts import REPOSITORY, Host, HostError, wait_for
+from tests.libvirt.world import World
 
 CRASH = """
 import sys, os
@@ -34,16 +35,12 @@ def test_hosts_are_apart_and_reach_each_other(hosts: tuple[Host, Host]) -> None:
         alpha.run("test", "-e", "/run/rbdpy/mark")
 
 
-def test_each_has_a_libvirt_of_its_own(hosts: tuple[Host, Host]) -> None:
-    for host in hosts:
-        host.start_libvirtd()
-    try:
-        identities = [host.virsh("capabilities").split("<uuid>")[1].split("<")[0] for host in hosts]
-        assert len(set(identities)) == 2
-        assert [host.virsh("hostname").strip() for host in hosts] == ["alpha", "beta"]
-    finally:
-        for host in hosts:
-            host.kill_libvirtd()
+def test_each_has_a_libvirt_of_its_own(world: World) -> None:
+    identities = [host.virsh("capabilities").split("<uuid>")[1].split("<")[0] for host in world.hosts]
+    assert len(set(identities)) == 2
+    assert [host.virsh("hostname").strip() for host in world.hosts] == ["alpha", "beta"]
+    with pytest.raises(HostError):
+        world.alpha.start_libvirtd()  # it has one
 
 
 def test_nothing_is_left_of_a_run_that_is_killed() -> None:

@@ -132,8 +132,18 @@ class World:
             rows = lockers(handle).lockers
             return rows[0][2] if rows else None
 
-    def stranger(self) -> ImageHandle:
-        return ImageHandle.open(connect(self.url).open("rbd"), "disk")
+    @asynccontextmanager
+    async def stranger(self) -> AsyncIterator[ImageHandle]:
+        """The image, opened by another client."""
+        store = await asyncio.to_thread(connect, self.url)
+        try:
+            image = await asyncio.to_thread(ImageHandle.open, store.open("rbd"), "disk")
+            try:
+                yield image
+            finally:
+                await asyncio.to_thread(image.close)
+        finally:
+            await asyncio.to_thread(store.close)
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[tuple[Host, Host, Guest]]:
@@ -232,7 +242,7 @@ def test_stranger_in_between_makes_the_destination_refuse(world: World) -> None:
             await a.event("OFFERED")
             a.daemon.kill()
             await a.daemon.disconnect()
-            with await asyncio.to_thread(world.stranger) as stranger:
+            async with world.stranger() as stranger:
                 await asyncio.to_thread(stranger.acquire_lock)
                 await asyncio.to_thread(stranger.data.write, 0, b"s" * 512)
             guest.start(target)
@@ -249,7 +259,7 @@ def test_stranger_in_between_makes_the_destination_refuse(world: World) -> None:
             # what it had asked for is never done
             await b.daemon.execute("block-export-del", {"id": "v", "mode": "hard"})
             await b.daemon.execute("blockdev-del", {"node-name": "d0"})
-            with await asyncio.to_thread(world.stranger) as stranger:
+            async with world.stranger() as stranger:
                 assert bytes(stranger.data.read(0, 512)) == b"s" * 512
 
     run(work())
@@ -287,7 +297,7 @@ def test_slow_store_costs_the_guest_nothing_but_time(world: World) -> None:
         async with world.run() as (a, _, guest):
             await a.serve()
             guest.start(guest.connect(a))
-            with await asyncio.to_thread(world.stranger) as stranger:
+            async with world.stranger() as stranger:
                 await asyncio.to_thread(stranger.lock_by_hand)
                 begun = time.monotonic()
                 await guest.stop()

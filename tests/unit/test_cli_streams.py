@@ -28,7 +28,6 @@ from librbd_py.image.directory import create
 from librbd_py.image.handle import ImageHandle
 from librbd_py.image.io import read, write
 from librbd_py.image.resize import resize
-from librbd_py.store.api import ObjectContext
 
 MIB = 1 << 20
 HUGE = 1 << 62
@@ -254,7 +253,7 @@ def _life(run: Callable[..., int], folder: Path) -> None:
             content[at : at + 70000] = rng.randbytes(70000)
         (folder / f"v{number}").write_bytes(content)
     assert run("import", "v0", "image") == 0
-    with ImageHandle.open(_context(folder), "image") as image:
+    with _opened(folder, "image") as image:
         for number in (1, 2):
             snapshots.create(image, f"s{number}")
             content = (folder / f"v{number}").read_bytes()
@@ -263,8 +262,10 @@ def _life(run: Callable[..., int], folder: Path) -> None:
         snapshots.protect(image, "s2")
 
 
-def _context(folder: Path) -> ObjectContext:
-    return store.connect(f"embedded:{folder / 'store'}").open("rbd")
+@contextmanager
+def _opened(folder: Path, name: str) -> Iterator[ImageHandle]:
+    with store.connect(f"embedded:{folder / 'store'}") as opened, ImageHandle.open(opened.open("rbd"), name) as image:
+        yield image
 
 
 def _same(run: Callable[..., int], folder: Path, name: str) -> None:
@@ -279,7 +280,7 @@ def test_format_2_carries_the_whole_image(run: Callable[..., int], tmp_path: Pat
     assert run("export", "image", "stream", "--export-format", "2") == 0
     assert run("import", "stream", "copy", "--export-format", "2") == 0
     _same(run, tmp_path, "copy")
-    with ImageHandle.open(_context(tmp_path), "copy") as copy:
+    with _opened(tmp_path, "copy") as copy:
         assert [(s.name, bool(s.protection)) for s in copy.header.snaps.values()] == [("s1", False), ("s2", True)]
     (tmp_path / "stream").write_bytes((tmp_path / "stream").read_bytes()[:-20])
     assert run("import", "stream", "half", "--export-format", "2") == errno.EDOM
