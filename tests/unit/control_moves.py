@@ -1,5 +1,5 @@
 """Live migrations in the simulated world of `control_world.py`: hand-offs of the lock, and everything that can come in
-between. What the driver and the image do around the machine (driver.py, image/handle.py) is said again here, in scripts
+between. What the driver and the image do around the machine (driver.py, image/handle_moves.py) is said again here, in scripts
 that wait in simulated time."""
 
 from __future__ import annotations
