@@ -9,6 +9,7 @@ from typing import Any
 
 from .api import Source
 from .file import FileStream
+from .qcow import QcowSource
 from .raw import RawSource
 from .spec_values import section
 from .stream import Stream
@@ -30,9 +31,7 @@ def load_spec(spec: str) -> dict[str, Any]:
     return found
 
 
-def open_source(
-    spec: Mapping[str, Any], *, native: OpenNative | None = None, secret: Secret | None = None
-) -> Source:
+def open_source(spec: Mapping[str, Any], *, native: OpenNative | None = None, secret: Secret | None = None) -> Source:
     """`native` opens images of a store (this package does not know them); `secret` looks up `config://` keys.
 
     EINVAL: something is missing or wrong in the spec. ENOSYS: an unknown type of format, snapshot or stream, as librbd
@@ -44,6 +43,8 @@ def open_source(
         return native(spec)
     if kind == "raw":
         return RawSource.of(spec, lambda each: open_stream(section(each, "stream", "a part"), secret))
+    if kind == "qcow":
+        return QcowSource.of(spec, lambda each: open_stream(section(each, "stream", "the format"), secret))
     raise OSError(errno.ENOSYS, f"'{kind}' is no format of a source that is known here")
 
 
