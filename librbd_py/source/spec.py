@@ -9,8 +9,10 @@ from typing import Any
 
 from .api import Source
 from .file import FileStream
+from .http import HttpStream
 from .qcow import QcowSource
 from .raw import RawSource
+from .s3 import S3Stream
 from .spec_values import section
 from .stream import Stream
 
@@ -53,6 +55,10 @@ def open_stream(spec: Mapping[str, Any], secret: Secret | None = None) -> Stream
     kind = _kind(spec, "the stream")
     if kind == "file":
         return FileStream.of(spec)
+    if kind == "http":
+        return HttpStream.of(spec)
+    if kind == "s3":
+        return S3Stream.of(spec, secret)
     raise OSError(errno.ENOSYS, f"'{kind}' is no type of stream that is known here")
 
 

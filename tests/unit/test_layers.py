@@ -15,7 +15,8 @@ PYTHON = {
     "librbd_py.native": set(),
     "librbd_py.errors": set(),
     "librbd_py.format": set(),
-    "librbd_py.source": set(),
+    "librbd_py.net": set(),
+    "librbd_py.source": {"librbd_py.net"},
     "librbd_py.store": {"librbd_py.format", "librbd_py.native", "librbd_py.errors"},
     "librbd_py.control": {"librbd_py.format", "librbd_py.store", "librbd_py.errors"},
     "librbd_py.image": {
