@@ -57,7 +57,7 @@ def export(session: Session) -> None:
     path, version = session.path(), session.option("export-format") or 1
     if version == 2 and spec.snap:
         raise Failure("rbd: export-format 2 does not support snapshots", 22)
-    from librbd_py.image import streams
+    from librbd_py.image import raw, streams
 
     with session.image(spec, read_only=True, snap=True) as image, failing("export error"):
         with _target(path) as target:
@@ -66,9 +66,9 @@ def export(session: Session) -> None:
                 if version == 2:
                     streams.export_image(image.handle, streams.writer(target.fileno()), progress)
                 elif path == "-":
-                    streams.export_pipe(image.handle, streams.writer(target.fileno()), progress)
+                    raw.export_pipe(image.handle, streams.writer(target.fileno()), progress)
                 else:
-                    streams.export_raw(image.handle, target.fileno(), progress)
+                    raw.export_raw(image.handle, target.fileno(), progress)
 
 
 @verb(
@@ -242,7 +242,7 @@ def _import(
 ) -> None:
     from librbd_py import rbd
     from librbd_py.format import streams as wire
-    from librbd_py.image import streams
+    from librbd_py.image import raw, streams
 
     head = None
     size = 0
@@ -271,9 +271,9 @@ def _import(
                 streams.import_metadata(image.handle, head)
                 _diffs(session, image, source, sparse, progress)
             elif path == "-":
-                streams.import_pipe(image.handle, stream, sparse)
+                raw.import_pipe(image.handle, stream, sparse)
             else:
-                streams.import_raw(image.handle, stream.fileno(), size, sparse, progress)
+                raw.import_raw(image.handle, stream.fileno(), size, sparse, progress)
     except BaseException:
         if head is not None:
             session.say("rbd: failed to import image")

@@ -340,6 +340,34 @@ class NativeImage:
         """Copies one object of the parent into the image unless it exists there; True when something was copied."""
         return check(lib.rbdn_image_copyup(self.pointer, objno), "copy from the parent") == 0
 
+    def pump(
+        self,
+        fd: int,
+        offset: int,
+        length: int,
+        *,
+        into_image: bool,
+        position: int | None,
+        step: int,
+        threads: int,
+        grain: int,
+    ) -> tuple[int, bool]:
+        """Moves `length` bytes between the image and a file, where `offset` is at `position` (None: a pipe, into the
+        image only). Zeros of `grain` bytes, aligned, are not written (0: all is). `step`: bytes each thread moves at
+        once.
+
+        Returns the bytes moved and whether the file ended; fewer without its end: the pipe is silent for 200 ms."""
+        what = ffi.new("rbdn_pump *")
+        what.fd, what.off, what.len = fd, offset, length
+        setattr(what, "in", into_image)
+        what.stream, what.pos = position is None, position or 0
+        what.step, what.threads, what.grain = step, threads, grain
+        ended = ffi.new("int *")
+        moved = lib.rbdn_image_pump(self.pointer, what, ended)
+        if moved < 0:
+            raise OSError(-moved, f"{'import' if into_image else 'export'} of {length} bytes at {offset}")
+        return int(moved), bool(ended[0])
+
     # --- requests that complete later
 
     def aio(self, kind: int, offset: int, length: int, buffer: Any, callback: Callback, flags: int = 0) -> None:

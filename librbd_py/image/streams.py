@@ -1,4 +1,4 @@
-"""Images to and from files and pipes: content alone (format 1), everything (format 2), or what changed (diffs)."""
+"""Images to and from files and pipes: everything (format 2), or what changed (diffs). `raw.py`: content alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from librbd_py.format import features as ft
 from librbd_py.format import header as fh
 from librbd_py.format import streams
 from librbd_py.format.streams import BadStream, Extent, ImageHead, Named, Protection, Reader, Resized
-from librbd_py.store.api import HEAD_SEGMENT, NOSNAP
+from librbd_py.store.api import NOSNAP
 
 from . import cls, metadata, snapshots
 from .datapath import NativeImage
@@ -21,7 +21,6 @@ from .progress import Progress, report
 from .resize import resize
 
 PIECE = 4 << 20  # bytes read and written at once
-COPY_AT_ONCE = 64 << 20  # bytes between two reports of progress
 SPARSE = 4096  # zeros of this length, aligned, are not written
 _ZEROES = bytes(PIECE)
 Write = Callable[[bytes], object]
@@ -109,94 +108,6 @@ def export_image(handle: ImageHandle, write: Write, progress: Progress | None = 
         handle.set_snapshot(None)
     export_diff(handle, before, write, version=2)
     report(progress, len(order) + 1, len(order) + 1)
-
-
-def export_raw(handle: ImageHandle, fd: int, progress: Progress | None = None) -> None:
-    """Format 1 into a file: holes stay holes. The file is new."""
-    size = handle.header.size_at(handle.snap_id)
-    buffer = bytearray(PIECE)
-    files = _Files(handle, fd)
-
-    def found(offset: int, length: int, exists: bool) -> None:
-        while exists and length:
-            done = files.copy(offset, length)
-            if done:
-                offset, length = offset + done, length - done
-                report(progress, offset, size)
-                continue
-            step = min(PIECE - offset % PIECE, length)
-            data = _into(handle, offset, memoryview(buffer)[:step])
-            if not _is_zero(data):
-                _write_at(fd, data, offset)
-            offset, length = offset + step, length - step
-            report(progress, offset, size)
-
-    with files:
-        diff_iterate(handle, 0, size, None, found)
-    os.ftruncate(fd, size)
-
-
-class _Files:
-    """From the store's own files to another file, without a copy in this process, where HEAD lies in files just as the
-    image is: unstriped and without a parent."""
-
-    def __init__(self, handle: ImageHandle, target: int) -> None:
-        view = handle.view_at(handle.snap_id)
-        native = handle.objects.native
-        plain = handle.snap_id == NOSNAP and handle.header.layout.stripe_count == 1 and view.parent is None
-        self._open = native.head if native is not None and plain else None
-        self._target = target
-        self._fd = self._segment = -1
-
-    def copy(self, offset: int, length: int) -> int:
-        """Bytes copied; 0: it has to be done otherwise."""
-        if self._open is None:
-            return 0
-        segment, at = divmod(offset, HEAD_SEGMENT)
-        try:
-            if segment != self._segment:
-                self.__exit__()
-                self._fd, self._segment = self._open(segment), segment
-            length = min(length, COPY_AT_ONCE, HEAD_SEGMENT - at)
-            done = os.copy_file_range(self._fd, self._target, length, at, offset)
-        except OSError as failure:
-            if failure.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOENT):
-                raise
-            done = 0
-        if not done:
-            self._open = None
-        return done
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = self._segment = -1
-
-
-def export_pipe(handle: ImageHandle, write: Write, progress: Progress | None = None) -> None:
-    """Format 1 into a pipe: all bytes."""
-    size = handle.header.size_at(handle.snap_id)
-    buffer = bytearray(PIECE)
-    for offset in range(0, size, PIECE):
-        write(_into(handle, offset, memoryview(buffer)[: min(PIECE, size - offset)]))  # type: ignore[arg-type]
-        report(progress, offset, size)
-
-
-def _into(handle: ImageHandle, offset: int, buffer: memoryview) -> memoryview:
-    if isinstance(handle.data, NativeImage):
-        handle.data.read_into(offset, buffer)
-    else:
-        buffer[:] = handle.data.read(offset, len(buffer))
-    return buffer
-
-
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        done = os.pwrite(fd, data, offset)
-        data, offset = data[done:], offset + done
 
 
 # --- in
@@ -294,53 +205,6 @@ def runs(data: bytes | bytearray, grain: int) -> Iterator[tuple[int, int, bool]]
             yield begin, at - begin, kind
             begin, kind = at, now
     yield begin, size - begin, kind
-
-
-def import_raw(handle: ImageHandle, fd: int, size: int, sparse: int = SPARSE, progress: Progress | None = None) -> None:
-    """Format 1 from a file of `size` bytes into an image of that size that holds nothing yet."""
-    before_write(handle)
-    offset = 0
-    buffer = bytearray(PIECE)
-    while offset < size:
-        offset = _next_data(fd, offset, size)
-        count = os.preadv(fd, [memoryview(buffer)[: min(PIECE, size - offset)]], offset) if offset < size else 0
-        if not count:
-            break
-        put(handle, offset, buffer if count == PIECE else buffer[:count], sparse, zeroes=False)
-        offset += count
-        report(progress, offset, size)
-    handle.data.flush()
-
-
-def import_pipe(handle: ImageHandle, source: streams.Source, sparse: int = SPARSE) -> None:
-    """Format 1 from a pipe: the image grows with it."""
-    before_write(handle)
-    offset = 0
-    while data := _filled(source, PIECE):
-        if offset + len(data) > handle.header.size:
-            resize(handle, max(offset + len(data), handle.header.size * 2))
-        put(handle, offset, data, sparse, zeroes=False)
-        offset += len(data)
-    if handle.header.size != offset:
-        resize(handle, offset)
-    handle.data.flush()
-
-
-def _filled(source: streams.Source, count: int) -> bytes:
-    parts: list[bytes] = []
-    while count and (part := source.read(count)):
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
-
-
-def _next_data(fd: int, offset: int, size: int) -> int:
-    """Past the hole that begins at `offset`, if one does."""
-    try:
-        found = os.lseek(fd, offset, os.SEEK_DATA)
-    except OSError as failure:
-        return size if failure.errno == errno.ENXIO else offset  # others: holes cannot be asked for
-    return max(offset, found - found % PIECE)
 
 
 def import_metadata(handle: ImageHandle, image: ImageHead) -> None:

@@ -355,12 +355,9 @@ class NativeData:
     # byte of an earlier owner can reach the store any more; ETIMEDOUT. RADOS fences by blocklist: nothing to do.
     own: Callable[[float], None] = field(repr=False, default=lambda seconds: None)
     disown: Callable[[], None] = field(repr=False, default=lambda: None)
-    # A new descriptor of the file that holds HEAD's object o at (o << order) % HEAD_SEGMENT, for reading what objects
-    # have; its argument is (o << order) // HEAD_SEGMENT. None: there are no such files.
-    head: Callable[[int], int] | None = field(repr=False, default=None)
-
-
-HEAD_SEGMENT = 4 << 40  # bytes of objects in one file of NativeData.head
+    # Begins to bring what was written to the disk, so that the next flush has less to wait for. None: the data is not
+    # in files of this machine.
+    write_back: Callable[[], None] | None = field(repr=False, default=None)
 
 
 class ObjectContext(ABC):

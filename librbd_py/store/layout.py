@@ -132,6 +132,10 @@ class Layout:
     def own(self, seconds: float) -> None:
         check(lib.rbdn_layout_own(self.handle, int(min(seconds, 1e6) * 1000)), "take the data lock")
 
+    def write_back(self) -> None:
+        """Begins to write HEAD to the disk; promises nothing."""
+        lib.rbdn_layout_write_back(self.handle)
+
     def disown(self) -> None:
         check(lib.rbdn_layout_disown(self.handle), "give the data lock back")
 

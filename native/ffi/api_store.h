@@ -54,6 +54,9 @@ int64_t rbdn_layout_snap_map(rbdn_store *s, uint64_t snap_id, uint64_t before, u
  * no byte of an earlier owner can be written any more. -ETIMEDOUT while another process has it. Counted per handle. */
 int rbdn_layout_own(rbdn_store *s, int timeout_ms);
 int rbdn_layout_disown(rbdn_store *s);
+/* Begins to write HEAD's data to the disk, so that the next flush has less to wait for. Waits for nothing but room in the
+ * device's queue, promises nothing. */
+void rbdn_layout_write_back(rbdn_store *s);
 /* Verify offline: one line per finding in `text` (each ends in a newline, all in one NUL; what does not fit is left
  * out); returns the number of findings. */
 int rbdn_layout_check(rbdn_store *s, char *text, size_t size);

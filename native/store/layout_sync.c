@@ -1,7 +1,9 @@
 /* Durability: shared rounds of fdatasync, and what a failed one means. */
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <unistd.h>
 
+#include "ffi/api_store.h"
 #include "store/layout.h"
 
 int rounds_init(struct rounds *r)
@@ -104,4 +106,15 @@ int layout_sync_all(struct layout *l)
     }
     atomic_store(&l->index_dirty, true);
     return layout_flush(l);
+}
+
+/* Errors of this writing are the next fdatasync's: it is not asked for them here. */
+void rbdn_layout_write_back(rbdn_store *s)
+{
+    struct layout *l = layout_of(s);
+    for (uint32_t seg = 0; l && seg < l->head_count; seg++) {
+        int fd = atomic_load_explicit(&l->heads[seg].fd_plus1, memory_order_acquire) - 1;
+        if (fd >= 0 && atomic_load_explicit(&l->heads[seg].dirty, memory_order_seq_cst))
+            sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE);
+    }
 }

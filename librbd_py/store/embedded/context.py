@@ -236,10 +236,7 @@ class EmbeddedContext(api.ObjectContext):
                 released.set()
                 layout.release()
 
-        def head(segment: int) -> int:
-            return store.layouts.open_head(row, segment)
-
-        return NativeData(layout.handle, True, close, layout.own, layout.disown, head)
+        return NativeData(layout.handle, True, close, layout.own, layout.disown, layout.write_back)
 
     def _register(self, prefix: str, order: int) -> LayoutRow:
         """For data objects without `rbd.create`: a pool that is being restored, or no image at all (tests)."""

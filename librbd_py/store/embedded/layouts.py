@@ -317,11 +317,6 @@ class Layouts:
             folder.close()
         return status.st_mtime_ns if status is not None else 0
 
-    def open_head(self, row: LayoutRow, segment: int) -> int:
-        """A descriptor for reading. ENOENT: nothing was ever written there."""
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.open(f"{row.folder}/head.{segment}", flags, dir_fd=self._data.fd)
-
     def allocated(self, row: LayoutRow) -> int:
         """Bytes on disk."""
         folder = self._data.sub(str(row.folder))

@@ -1,0 +1,238 @@
+"""Format 1, an image's content alone, to and from files and pipes. The bytes go through C (native/engine/pump.c)."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from librbd_py.format.object_map import NONEXISTENT
+
+from .datapath import NativeImage
+from .diff import diff_iterate
+from .handle import ImageHandle
+from .io import before_write
+from .progress import Progress, report
+from .resize import known_states, resize
+from .streams import PIECE, SPARSE, put, runs
+
+AT_ONCE = 64 << 20  # bytes between two reports of progress
+LOCAL_STEP = 256 << 10  # bytes: stays in a CPU's cache between being read and being written
+LOCAL_THREADS = 2
+MIN_STEP, MAX_STEP = 1 << 20, 8 << 20  # bytes, of a store at the other end of a network
+MANAGEMENT_OPS = 10  # rbd_concurrent_management_ops
+HOLE = 65536  # bytes of zeros that stay a hole in an exported file
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """How much is moved at once."""
+
+    step: int  # bytes
+    threads: int
+
+    @classmethod
+    def of(cls, handle: ImageHandle) -> _Pace:
+        if _is_local(handle):
+            return cls(LOCAL_STEP, min(LOCAL_THREADS, os.cpu_count() or 1))
+        step = max(MIN_STEP, min(handle.header.layout.object_size, MAX_STEP))
+        return cls(step, MANAGEMENT_OPS)
+
+
+def _is_local(handle: ImageHandle) -> bool:
+    """Whether the data lies in files of this machine."""
+    return handle.objects.native is not None and handle.objects.native.write_back is not None
+
+
+# --- out
+
+
+def export_raw(handle: ImageHandle, fd: int, progress: Progress | None = None, *, begin: int = 0) -> None:
+    """Into a file: holes stay holes. The file holds what the image does up to `begin` and nothing behind it."""
+    size = handle.header.size_at(handle.snap_id)
+    pace = _Pace.of(handle)
+    for offset, length in _pieces(_data(handle, begin, size)):
+        if isinstance(handle.data, NativeImage):
+            handle.data.pump(
+                fd,
+                offset,
+                length,
+                into_image=False,
+                position=offset,
+                step=pace.step,
+                threads=pace.threads,
+                grain=HOLE,
+            )
+        else:
+            data = handle.data.read(offset, length)
+            for at, count, is_data in runs(data, HOLE):
+                if is_data:
+                    _write_at(fd, memoryview(data)[at : at + count], offset + at)
+        report(progress, offset + length, size)
+    os.ftruncate(fd, size)
+
+
+def _data(handle: ImageHandle, begin: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where there may be data, ascending. A store at the other end of a network is asked nothing for it: reading what
+    is not there costs it as little as saying so."""
+    if begin >= size:
+        return
+    if _is_local(handle) or not isinstance(handle.data, NativeImage):
+        rows: list[tuple[int, int]] = []
+        diff_iterate(handle, begin, size - begin, None, lambda at, count, _: rows.append((at, count)))
+        yield from rows
+        return
+    plain = handle.header.layout.stripe_count == 1 and handle.view_at(handle.snap_id).parent is None
+    states = known_states(handle, handle.snap_id) if plain else None
+    if states is None:
+        yield begin, size - begin
+        return
+    grain = handle.header.layout.object_size
+    for objno in range(begin // grain, min(len(states), -(-size // grain))):
+        if states[objno] != NONEXISTENT:
+            first = max(objno * grain, begin)
+            yield first, min((objno + 1) * grain, size) - first
+
+
+def _pieces(rows: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Neighbours joined, at most AT_ONCE in one."""
+    start = end = 0
+    for offset, length in rows:
+        if offset != end:
+            yield from _cut(start, end)
+            start = offset
+        end = offset + length
+    yield from _cut(start, end)
+
+
+def _cut(start: int, end: int) -> Iterator[tuple[int, int]]:
+    while start < end:
+        stop = min((start // AT_ONCE + 1) * AT_ONCE, end)
+        yield start, stop - start
+        start = stop
+
+
+def export_pipe(handle: ImageHandle, write: Callable[[bytes], object], progress: Progress | None = None) -> None:
+    """Into a pipe: all bytes. The next ones are read while it takes these."""
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    size = handle.header.size_at(handle.snap_id)
+    pace = _Pace.of(handle)
+    ahead = 2 if _is_local(handle) else pace.threads
+    with ThreadPoolExecutor(ahead) as pool:
+        waiting: list[Future[bytes]] = []
+        at = done = 0
+        while done < size:
+            while at < size and len(waiting) < ahead:
+                waiting.append(pool.submit(handle.data.read, at, min(PIECE, size - at)))
+                at += PIECE
+            data = waiting.pop(0).result()
+            write(data)
+            done += len(data)
+            report(progress, done, size)
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done
+
+
+# --- in
+
+
+def import_raw(
+    handle: ImageHandle,
+    fd: int,
+    size: int,
+    sparse: int = SPARSE,
+    progress: Progress | None = None,
+    *,
+    begin: int = 0,
+    reached: Callable[[int], object] | None = None,
+) -> None:
+    """From a file of `size` bytes into an image of that size that holds nothing from `begin` on. `reached(offset)` is
+    called when everything before `offset` was moved."""
+    before_write(handle)
+    pace = _Pace.of(handle)
+    write_back = handle.objects.native.write_back if handle.objects.native is not None else None
+    for offset, length in _pieces(_file_data(fd, begin, size)):
+        if isinstance(handle.data, NativeImage):
+            moved, _ = handle.data.pump(
+                fd,
+                offset,
+                length,
+                into_image=True,
+                position=offset,
+                step=_step(pace, sparse),
+                threads=pace.threads,
+                grain=sparse,
+            )
+        else:
+            data = os.pread(fd, length, offset)
+            put(handle, offset, data, sparse, zeroes=False)
+            moved = len(data)
+        if write_back is not None:
+            write_back()
+        report(progress, offset + moved, size)
+        if reached is not None:
+            reached(offset + moved)
+        if moved < length:
+            break  # somebody made the file shorter
+    handle.data.flush()
+
+
+def _step(pace: _Pace, sparse: int) -> int:
+    """A step is no smaller than the zeros that are looked for."""
+    return min(max(pace.step, sparse), 32 << 20)
+
+
+def _file_data(fd: int, begin: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where the file has data; all of it where holes cannot be asked for."""
+    at = begin
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+            stop = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as failure:
+            if failure.errno != errno.ENXIO:
+                yield at, size - at
+            return
+        if start < size:
+            yield start, min(stop, size) - start
+        at = stop
+
+
+def import_pipe(handle: ImageHandle, source: BinaryIO, sparse: int = SPARSE) -> None:
+    """From a pipe: the image grows with it."""
+    before_write(handle)
+    offset = 0
+    pace = _Pace.of(handle)
+    fd = source.fileno() if isinstance(handle.data, NativeImage) else -1
+    ended = False
+    while not ended:
+        room = handle.header.size - offset
+        if not room:
+            resize(handle, max(offset + AT_ONCE, handle.header.size * 2))
+            continue
+        if isinstance(handle.data, NativeImage):
+            moved, ended = handle.data.pump(
+                fd,
+                offset,
+                min(room, AT_ONCE),
+                into_image=True,
+                position=None,
+                step=_step(pace, sparse),
+                threads=pace.threads,
+                grain=sparse,
+            )
+        else:
+            data = source.read(min(room, PIECE))
+            put(handle, offset, data, sparse, zeroes=False)
+            moved, ended = len(data), not data
+        offset += moved
+    if handle.header.size != offset:
+        resize(handle, offset)
+    handle.data.flush()
