@@ -10,6 +10,7 @@ from typing import Any
 from .api import Source
 from .file import FileStream
 from .http import HttpStream
+from .nbd import NbdStream
 from .qcow import QcowSource
 from .raw import RawSource
 from .s3 import S3Stream
@@ -57,6 +58,8 @@ def open_stream(spec: Mapping[str, Any], secret: Secret | None = None) -> Stream
         return FileStream.of(spec)
     if kind == "http":
         return HttpStream.of(spec)
+    if kind == "nbd":
+        return NbdStream.of(spec)
     if kind == "s3":
         return S3Stream.of(spec, secret)
     raise OSError(errno.ENOSYS, f"'{kind}' is no type of stream that is known here")
