@@ -105,6 +105,7 @@ class HandOff:
         self._loop = asyncio.get_running_loop()
         self._tasks.append(self._loop.create_task(self._work()))
         self._handle.on_wanted = self._wanted
+        self._handle.serves_vms = True
 
     # --- what happens
 
@@ -177,6 +178,7 @@ class HandOff:
         if self.state is not S.ENDED:
             self._go(S.ENDED)
             self._handle.on_wanted = None
+            self._handle.serves_vms = False
             if self._timer is not None:
                 self._timer.cancel()
             for task in self._tasks:
@@ -228,7 +230,7 @@ class HandOff:
             except OSError as failure:
                 offered = False
                 log.warning("%s: the lock was not offered: %s", self._name, failure)
-            self._go(S.OFFERED if offered else S.SERVING)
+            self._go(S.OFFERED if offered or self._handle.handing_over else S.SERVING)
         in_time = self._export.go_on(number)
         if offering and self.state is S.OFFERED:
             self._tell("OFFERED", since)

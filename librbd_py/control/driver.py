@@ -26,7 +26,7 @@ from librbd_py.control.pool import Timer, control_pool
 from librbd_py.control.who import Diary
 from librbd_py.format import notify as nf
 from librbd_py.format.encoding import DecodeError
-from librbd_py.format.lock import Offer
+from librbd_py.format.lock import Offer, parse_auto_cookie
 from librbd_py.store.api import ObjectContext, Watch
 
 NOTIFY_MS = 5000  # how long a notify waits for a silent watcher
@@ -116,7 +116,7 @@ class HeaderControl:
     def close(self, timeout: float | None = None) -> None:
         """Releases the lock, ends the watch. Idempotent. ETIMEDOUT when the image does not drain: call it again.
 
-        Another error is one of draining; everything is closed then.
+        Another error is one of draining; everything is closed then. After `lost` it has ended by itself.
         """
         with self._mutex:
             if self._closed.done():
@@ -150,11 +150,13 @@ class HeaderControl:
         try:
             future.result(timeout)
         except FutureTimeout:
+            said = self._lock.owner_says
             self._lock_event(le.Abandon(), partial(self._give_up, future))
             if future.done():
                 future.result()  # it ended in this very moment
                 return
-            raise OSError(errno.ETIMEDOUT, f"{self.header_oid}: the owner does not give up the lock") from None
+            why = f" and says: {os.strerror(said)}" if said else ""
+            raise OSError(errno.ETIMEDOUT, f"{self.header_oid}: the owner does not give up the lock{why}") from None
 
     def try_acquire(self) -> bool:
         """As `acquire`, but an owner that lives is not asked: False. It waits when another waiter had it asked."""
@@ -229,18 +231,26 @@ class HeaderControl:
 
     def stand_by(self, key: str) -> None:
         """From now on only `take_over` acquires: the VM `key` runs elsewhere and will come here. EBUSY: this client
-        owns the lock or is after it."""
+        owns the lock, offers it or is after it. After another error it does not stand by, unless it did before."""
         now = self.owner()
+        accepted = False
 
         def prepare() -> bool:
-            return self._lock.state in (le.LockState.UNLOCKED, le.LockState.NO_WATCH) and not self._lock.wanted
+            nonlocal accepted
+            idle = self._lock.state in (le.LockState.UNLOCKED, le.LockState.NO_WATCH)
+            accepted = idle and not self._lock.wanted
+            return accepted
 
         while True:
             owner = now
             self._lock_event(le.StandBy(key, owner), prepare)
-            if not self.moving:
-                raise OSError(errno.EBUSY, f"{self.header_oid}: the lock is wanted here already")
-            now = self.owner()  # what changed before the event nobody here has heard of
+            if not accepted:
+                raise OSError(errno.EBUSY, f"{self.header_oid}: the lock is in use or wanted here")
+            try:
+                now = self.owner()  # what changed before the event nobody here has heard of
+            except BaseException:
+                self.stand_down()
+                raise
             if now == owner:
                 return
 
@@ -308,6 +318,15 @@ class HeaderControl:
     def set_policy(self, policy: Policy) -> None:
         """For requests that come from now on."""
         self._lock.exclusive = policy == "exclusive"
+
+    @property
+    def heir(self) -> bool:
+        """Whether `acquire` takes a lock that is offered to a VM that nobody knows: for those that serve VMs."""
+        return self._lock.heir
+
+    @heir.setter
+    def heir(self, heir: bool) -> None:
+        self._lock.heir = heir
 
     def owner(self) -> Locker | None:
         """Who holds the lock, as the store says now."""
@@ -456,8 +475,8 @@ class HeaderControl:
                     self._offering = []
                 case le.Stopped(code):
                     calls.append(_ender(self._stopped, self._failure(code)))
-                case le.Lost(code):
-                    self._submit(partial(self._tell_lost, code))
+                case le.Lost(code, cookies):
+                    self._submit(partial(self._end_lost, code, cookies))
                 case le.AnnounceAcquired(handle):
                     self._announcements.append((wire.acquired_lock(self._gid, handle), 0))
                     self._submit(self._announce)
@@ -500,11 +519,29 @@ class HeaderControl:
             return None
         return OSError(code, f"{self.header_oid}: {_REASONS.get(code) or os.strerror(code)}")
 
-    def _tell_lost(self, code: int) -> list[Job]:
+    def _end_lost(self, code: int, cookies: tuple[str, ...]) -> list[Job]:
+        """Tells the image, and leaves nothing behind that makes others wait. `close` has nothing left to do then."""
         failure = self._failure(code)
         assert failure is not None
-        self._callbacks.lost(failure)
-        return []
+        try:
+            self._callbacks.lost(failure)
+        except Exception:
+            log.exception("%s: its image cannot be told that it is lost", self.header_oid)
+        for cookie in cookies:
+            handle = parse_auto_cookie(cookie)
+            assert handle is not None
+            try:
+                wire.unlock(self.ctx, self.header_oid, cookie)
+                self.ctx.notify(self.header_oid, wire.released_lock(self._gid, handle), NOTIFY_MS)
+            except OSError as problem:
+                log.log(
+                    logging.INFO if problem.errno == errno.ENOENT else logging.WARNING,
+                    "%s: the lock %s is left behind: %s",
+                    self.header_oid,
+                    cookie,
+                    problem,
+                )
+        return self._feed_watch(wt.Close())
 
     def _lock_operation(self, operation: le.Operation) -> list[Job]:
         """Runs one operation; returns those that follow from it."""

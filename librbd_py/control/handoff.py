@@ -12,8 +12,19 @@ the VM's requests stay parked.
     destination  UNLOCKED -StandBy, TakeOver-> LOOKING -> TAKING -> POST_ACQUIRING -> LOCKED
 
 An answer that got lost is found out by reading the lock. While it is offered the lock is given to nobody else: who asks
-is told to ask again. In OFFERED nothing is outstanding and no time runs: its exits are TakeBack, Release, Shutdown,
-Fenced and the news that somebody acquired the lock.
+is told to ask again.
+
+Who stands by expects the owner that it found, until it has the lock itself: that one offers it, gives it up when it is
+asked, says that it leaves, or is dead and fenced; anybody else in between is a stranger. When nobody owned the lock, no
+write of the VM was under its protection yet and there is nobody to compare with: a free lock is taken, whoever owns it
+is asked (the VM's other host, as a rule, which wrote its first block meanwhile), and expected from then on.
+
+An offer names the VM. Where either end does not know its VM the key is "*" and fits every other: one image is no two
+VMs' disk. That goes for who stands by, and for those that serve VMs without having been told that one will come
+(`heir`: both daemons may have been started by hand); anybody else, a backup say, has to ask, and is told to come again.
+
+In OFFERED nothing is outstanding and no time runs: its exits are TakeBack, Release, Shutdown, Fenced and the news that
+somebody acquired the lock.
 """
 
 from __future__ import annotations
@@ -204,8 +215,10 @@ def retract_looked(m: LockMachine, done: Done) -> None:
         else:
             _not_back(m, errno.ETIMEDOUT)
     elif done.value.owner is not None and done.value.owner.mark == m.hand.offer.taken:
-        # Our own VM's other host: it lives and gives the lock back, or it is dead and fenced, as any owner.
+        # Our own VM's other host: it lives and gives the lock back, or it is dead and fenced. Nobody else comes first.
         m.cookie = None
+        if m.wanted:
+            m.hand.standby = le.StandBy(m.hand.offer.key, done.value.owner)
         m.hand.offer = m.hand.record = None
         m._settle()
     else:
@@ -244,11 +257,27 @@ def on_stand_down(m: LockMachine, event: le.Event) -> None:
         m.hand.offer = m.hand.record = None
 
 
-def owner_said(m: LockMachine, gid: int, left: bool) -> None:
-    """A client announced that it took the lock, or let it go (`left`). A watch that is lost hears nothing more."""
+def took(m: LockMachine, gid: int, handle: int) -> None:
+    """A client announced that it has the lock."""
+    standby = m.hand.standby
+    ours = gid == m.gid and handle in m._handles  # late: of the VM's stay before
+    if standby is not None and standby.owner is not None and not ours:
+        m.hand.standby = replace(standby, left=False, strange=gid != standby.owner.gid)
+
+
+def let_go(m: LockMachine, gid: int) -> None:
+    """A client announced that it has let the lock go."""
     standby = m.hand.standby
     if standby is not None and standby.owner is not None:
-        m.hand.standby = replace(standby, left=left and gid == standby.owner.gid)
+        ours = gid == m.gid != standby.owner.gid
+        left = standby.left if ours else gid == standby.owner.gid and not standby.strange
+        m.hand.standby = replace(standby, left=left)
+
+
+def deaf(m: LockMachine) -> None:
+    """The watch is lost: what is said now nobody here hears."""
+    if m.hand.standby is not None:
+        m.hand.standby = replace(m.hand.standby, left=False)
 
 
 def on_take_over(m: LockMachine, event: le.Event) -> None:
@@ -265,7 +294,7 @@ def judge(m: LockMachine, owner: Locker | None) -> int | Offer | None:
     standby = m.hand.standby
     offer = Offer.parse(owner.mark) if owner is not None else None
     if standby is None:
-        return offer if offer is not None and offer.key == ANYBODY else None
+        return offer if m.heir and offer is not None and offer.key == ANYBODY else None
     expected = standby.owner
     if owner is None:
         if expected is None or standby.left:
@@ -276,10 +305,23 @@ def judge(m: LockMachine, owner: Locker | None) -> int | Offer | None:
     return None if expected is None or owner.gid == expected.gid else errno.ESTALE
 
 
-def asks(m: LockMachine) -> None:
-    """The owner that was there all the time is asked, or is dead: from here on it is acquiring as ever."""
+def asks(m: LockMachine, owner: Locker) -> None:
+    """The owner that was there all the time is asked, or is dead. Nobody else may come before us; where nobody owned
+    the lock so far that goes for the first one we see."""
     if m.hand.standby is not None:
-        m.hand.standby = le.StandBy(m.hand.standby.key, None)
+        m.hand.standby = le.StandBy(m.hand.standby.key, owner)
+
+
+def overtaken(m: LockMachine) -> bool:
+    """The lock was free and is ours now, and a stranger was heard of between the two."""
+    standby = m.hand.standby
+    return standby is not None and standby.owner is not None and not standby.left
+
+
+def broke(m: LockMachine) -> None:
+    """The lock of the owner that we expected is free by our own doing."""
+    if m.hand.standby is not None and m.hand.standby.owner is not None:
+        m.hand.standby = replace(m.hand.standby, left=True)
 
 
 def take_offer(m: LockMachine, owner: Locker, offer: Offer) -> None:

@@ -7,10 +7,13 @@ a dead one is re-read, fenced by its address and broken. What peers announce is 
 One operation is outstanding at a time. It has a number; an answer with another number is from a state that was left
 and is ignored. `Fenced` is accepted in every state and ends every wait.
 
-How the lock moves with a VM is in `handoff.py`.
+A lock that cannot be unlocked is left behind: the machine is fenced, the watch ends, and the next owner breaks it.
 
-Left for later: pausing requests while the cookie is renewed (a store fences a client that lost its watch, so nothing
-is lost by letting them run).
+Requests go on while the cookie is renewed under a new watch, as in librbd. A peer may take us for dead meanwhile, but
+it fences our address before it breaks the lock, and a fenced client's write is refused by the store however late it
+comes. To hold requests back would protect nothing: those sent before the loss was heard of are under way all the same.
+
+How the lock moves with a VM is in `handoff.py`.
 """
 
 from __future__ import annotations
@@ -135,6 +138,7 @@ class LockMachine:
         self.gid = gid
         self.address = address
         self.former = former
+        self.heir = False  # serves a VM that may come from elsewhere: takes what is offered to whomever
         self.exclusive = exclusive  # refuse requests of peers (EROFS) instead of giving the lock up
         self.state = S.UNLOCKED
         self.handle_now: int | None = None  # watch handle while the watch is up
@@ -151,6 +155,8 @@ class LockMachine:
         self._final = False  # the pre-release under way is that of an image being closed
         self._quiesced = False  # pre-release ran, so UNLOCKING ends a real ownership
         self._failure = 0  # what draining answered when it failed at the end
+        self.kept = 0  # why the lock could not be given to a peer that asked, since the last time it could
+        self.owner_says = 0  # why the owner, when asked last, does not give it up just now
         self._pending: str | None = None  # cookie that was sent to replace `cookie`, outcome perhaps unknown
         self._attempts = 0
         self._backoff = BACKOFF_SECONDS[0]
@@ -242,13 +248,13 @@ class LockMachine:
         self._final = final = self.stopping
         self._do(S.QUIESCING, lambda op: RunPreRelease(op, final))
 
-    def _fence(self, code: int) -> None:
+    def _fence(self, code: int, cookies: tuple[str, ...] = ()) -> None:
         if self.state in (S.FENCED, S.STOPPED):
             return
         self._go(S.FENCED)
         self.fence_errno = code
         self.cookie = None
-        self._out.append(Lost(code))
+        self._out.append(Lost(code, cookies))
         handoff.answer_offer(self, code)
         if self.wanted:
             self._out.append(Refused(code))
@@ -324,7 +330,7 @@ class LockMachine:
 
     def _on_watch_down(self, event: Event) -> None:
         self.handle_now = None
-        handoff.owner_said(self, self.gid, left=False)  # what is said now nobody hears
+        handoff.deaf(self)
         if self.state is S.WAITING:
             self._settle()
 
@@ -337,7 +343,7 @@ class LockMachine:
     def _on_peer_acquired(self, event: Event) -> None:
         assert isinstance(event, PeerAcquired)
         self._news = True
-        handoff.owner_said(self, event.gid, left=False)
+        handoff.took(self, event.gid, event.handle)
         if event.gid == self.gid and event.handle == self.handle_now:
             self._news = False  # our own announcement
         elif self.state is S.LOCKED and not self._verifying:
@@ -352,7 +358,7 @@ class LockMachine:
     def _on_peer_released(self, event: Event) -> None:
         assert isinstance(event, PeerReleased)
         self._news = True
-        handoff.owner_said(self, event.gid, left=True)
+        handoff.let_go(self, event.gid)
         if self.state in (S.WAITING, S.ASKING):  # do not sit out a third watcher that never acks our request
             self._look()
 
@@ -365,16 +371,23 @@ class LockMachine:
         elif self.state in HANDING or self.hand.key is not None:
             self._out.append(Reply(errno.EAGAIN))
         elif giving_up or self.state is S.QUIESCING:
-            self._out.append(Reply(0))
+            self._out.append(Reply(self.kept))
             self._for_peer = True
         elif self.exclusive:
             self._out.append(Reply(errno.EROFS))
         else:
-            self._out.append(Reply(0))
+            self._out.append(Reply(self.kept))
             if self.state is S.LOCKED:
                 self._quiesce(True)
             else:
                 self._asked = True
+
+    def _keep(self, code: int) -> None:
+        """The lock did not go. The next peers to ask are told an error, and it is tried all the same: librbd comes
+        again after one second then, after a promise only after ten. Of the errors, EROFS would end its wait and
+        ETIMEDOUT make it ask without a pause."""
+        if self._for_peer:
+            self.kept = {errno.EROFS: errno.EIO, errno.ETIMEDOUT: errno.EAGAIN}.get(code, code)
 
     # --- what operations answer ---------------------------------------------------------------------------------------
 
@@ -427,7 +440,7 @@ class LockMachine:
             else:
                 self._start_unlock_unused(owner.cookie)
         else:
-            handoff.asks(self)
+            handoff.asks(self, owner)
             if owner.address in self.former:
                 self._do(S.RELOOKING, Look)
             else:
@@ -450,6 +463,10 @@ class LockMachine:
     def _locked(self, done: Done) -> None:
         assert self.cookie is not None
         if done.errno in (0, errno.EEXIST):
+            self.kept = 0
+            if self.wanted and self.state is S.LOCKING and handoff.overtaken(self):
+                self.wanted = False
+                self._out.append(Refused(errno.ESTALE))
             if self.wanted and self.handle_now is not None and auto_cookie(self.handle_now) == self.cookie:
                 self._do(S.POST_ACQUIRING, RunPostAcquire)
             else:
@@ -507,6 +524,8 @@ class LockMachine:
         if done.errno not in (0, errno.ENOENT):
             self._refuse(done.errno)
         else:
+            if done.errno == 0:
+                handoff.broke(self)
             self._look()
 
     def _asked_owner(self, done: Done) -> None:
@@ -514,6 +533,7 @@ class LockMachine:
             self._refuse(done.errno)
             return
         result = done.value.result if done.errno == 0 else None
+        self.owner_says = result or 0
         if result == errno.EROFS:
             self._refuse(errno.EROFS)
         elif self._news:
@@ -629,6 +649,7 @@ class LockMachine:
         assert self.cookie is not None
         if done.errno and (not self.stopping or done.errno == errno.ETIMEDOUT):
             # Not drained: the lock stays. The image left its gate as it was before.
+            self._keep(done.errno)
             self._go(S.LOCKED)
             handoff.answer_offer(self, done.errno)
             if self._release:
@@ -669,11 +690,13 @@ class LockMachine:
             self._do(S.ANNOUNCING, lambda op: AnnounceReleased(op, handle))
             self.cookie = None
             self._quiesced = False
+            self.kept = 0
             if self._release:
                 self._release = False
                 self._out.append(Released())
         elif self._attempts + 1 >= UNLOCK_ATTEMPTS and self._may_stay(done.errno):
             # A full store must not cost a guest its disk: read the lock, it should be ours as before.
+            self._keep(done.errno)
             self._quiesced = False
             self._for_peer = False
             if self._release:
@@ -682,7 +705,8 @@ class LockMachine:
             self.wanted = True
             self._look()
         elif self._attempts + 1 >= UNLOCK_ATTEMPTS:
-            self._fence(done.errno)  # nobody knows who holds it: the next owner breaks it
+            # Nobody knows who holds it: the next owner breaks it.
+            self._fence(done.errno, tuple(c for c in (self.cookie, self._pending) if c is not None))
         else:
             self._attempts += 1
             self._do(S.UNLOCK_RETRY, lambda op: Sleep(op, REFUSED_SECONDS))

@@ -152,11 +152,13 @@ class TakeBack(Event):
 @dataclass(frozen=True)
 class StandBy(Event):
     """A VM comes here whose lock `owner` has now (None: nobody). `left`: that owner has said since that it let the lock
-    go, and nobody has said that he took it: a VM that was paused before it moved, or its program ended (NBD)."""
+    go, and nobody has said that he took it: a VM that was paused before it moved, or its program ended (NBD).
+    `strange`: somebody else has said that he took it, so what the owner says of leaving may be old."""
 
     key: str
     owner: Locker | None
     left: bool = False
+    strange: bool = False
 
 
 @dataclass(frozen=True)
@@ -304,9 +306,12 @@ class Offered:
 
 @dataclass(frozen=True)
 class Lost:
-    """This client is fenced (ESHUTDOWN), or the image gone (ENOENT); so is the lock, if it was ours."""
+    """This client is fenced (ESHUTDOWN), or the image gone (ENOENT), or the store does not let it unlock; so is the
+    lock, if it was ours. `cookies`: under these it may still stand in the lock, with nothing under way any more:
+    unlocking is worth one more attempt. Its watch must end in any case: while it lasts the others take it for alive."""
 
     errno: int
+    cookies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,12 @@ class ImageHandle(HandleMoves):
     # --- end -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Releases the lock, ends the watch and the data path. Idempotent. EBUSY while an export serves the image."""
+        """Releases the lock, ends the watch and the data path. Idempotent.
+
+        EBUSY: an export serves the image. ETIMEDOUT: requests in flight do not end, so the lock cannot go: the handle
+        stays open, lock, watch and gate as they were, to be closed again (or its process ended). After other errors it
+        is closed.
+        """
         with self._one_op:
             if self.closed:
                 return
@@ -143,6 +148,8 @@ class ImageHandle(HandleMoves):
                 try:
                     self.control.close()
                 except OSError as problem:
+                    if problem.errno == errno.ETIMEDOUT:
+                        raise
                     failure = problem
             with self._state:
                 self.closed = True  # nothing is published from here on

@@ -28,17 +28,17 @@ class HandleMoves(HandleLock):
         """The VM `key` ("*": unknown) leaves: parks all requests, drains, flushes and offers the lock to its next host.
         True: it may take it from now on, and requests stay parked until `take_back` or `close`. False: the lock is
         another client's; requests go on. OSError (ETIMEDOUT: requests in flight do not end; what flushing said):
-        everything is as before. EINVAL: the image has no exclusive lock.
+        everything is as before, unless `handing_over`: the store did not say whether it is offered, so it is as after
+        True. EINVAL: the image has no exclusive lock.
         """
         control = self._moving_control()
-        self._park()
+        parked_here = self._park()
+        offered = False
         try:
             offered = control.offer(key, seconds)
-        except BaseException:
-            self._unpark()
-            raise
-        if not offered:
-            self._unpark()
+        finally:
+            if parked_here and not (offered or control.offered):
+                self._unpark()
         return offered
 
     def take_back(self) -> None:
@@ -49,14 +49,16 @@ class HandleMoves(HandleLock):
 
     def stand_by(self, key: str, *, park: bool) -> None:
         """The VM `key` will come here from the host that owns the lock now. `park`: requests wait for `take_over`; else
-        reads are answered. EBUSY: this handle owns the lock or is after it. EINVAL: no exclusive lock."""
+        reads are answered. EBUSY: this handle owns the lock, offers it or is after it. EINVAL: no exclusive lock. After
+        an error it does not stand by and nothing is parked, unless by an `offer`."""
         control = self._moving_control()
         if park:
             self._park()
         try:
             control.stand_by(key)
         except BaseException:
-            self._unpark()
+            if not control.moving:
+                self._unpark()
             raise
         if not park:
             self._unpark()
@@ -81,6 +83,17 @@ class HandleMoves(HandleLock):
         self._unpark()
 
     @property
+    def serves_vms(self) -> bool:
+        """A VM may come here without notice: a lock that is offered to a VM that nobody knows ("*") is taken by the
+        first write. False at first."""
+        return self.control is not None and self.control.heir
+
+    @serves_vms.setter
+    def serves_vms(self, serves: bool) -> None:
+        if self.control is not None:
+            self.control.heir = serves
+
+    @property
     def handing_over(self) -> bool:
         """The lock is offered and not taken yet, as far as is known: closing the handle would take the offer away."""
         return self.control is not None and self.control.offered
@@ -92,16 +105,18 @@ class HandleMoves(HandleLock):
             raise OSError(errno.EINVAL, "the image has no exclusive lock to hand over")
         return self.control
 
-    def _park(self) -> None:
+    def _park(self) -> bool:
+        """Whether it was this call that parked them."""
         with self._state:
             if self._parked:
-                return
+                return False
             self._parked = True
         try:
             self.data.block(EVERYTHING, DRAIN_SECONDS)
         except BaseException:
             self._parked = False
             raise
+        return True
 
     def _unpark(self) -> None:
         with self._state:

@@ -6,6 +6,7 @@ import errno
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 from image_fixtures import MIB, Cluster, R, cluster, io
@@ -14,7 +15,7 @@ from librbd_py.control import wire
 from librbd_py.control.lock_events import Locker
 from librbd_py.image.datapath import NativeImage
 from librbd_py.image.handle import ImageHandle
-from librbd_py.image.locks import lockers
+from librbd_py.image.locks import lockers, watchers
 from librbd_py.store.api import ObjectContext
 
 __all__ = ["cluster", "io"]
@@ -369,3 +370,86 @@ def test_a_vm_that_comes_home_before_anybody_heard_that_it_arrived(host: Open) -
     a.take_back()
     assert a.is_lock_owner and owner(b) == address(a)
     wait_until_taken(b)
+
+
+def test_standing_by_while_offering_leaves_requests_parked(host: Open) -> None:
+    a = host()
+    a.acquire_lock()
+    assert a.offer(KEY)
+    writer = Writer(a, b"w" * 512, 0)
+    assert refused(lambda: a.stand_by(KEY, park=True)) == errno.EBUSY
+    assert refused(lambda: a.stand_by(KEY, park=False)) == errno.EBUSY
+    assert a.handing_over and writer.waits
+    a.take_back()
+    writer.end()
+
+
+def test_an_offer_of_a_host_that_stands_by_leaves_requests_parked(host: Open) -> None:
+    a, b = host(), host()
+    a.acquire_lock()
+    b.stand_by(KEY, park=True)
+    writer = Writer(b, b"w" * 512, 0)
+    assert not b.offer(KEY)
+    assert writer.waits and owner(b) == address(a)
+    b.take_over()
+    writer.end()
+
+
+def test_an_offer_whose_outcome_nobody_knows_leaves_requests_parked(
+    host: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = host(), host()
+    a.acquire_lock()
+    b.stand_by(KEY, park=True)
+    mark, get_lock = wire.mark, wire.get_lock
+
+    def lost(ctx: ObjectContext, *arguments: Any) -> None:
+        mark(ctx, *arguments)
+        monkeypatch.setattr(wire, "get_lock", silent)
+        raise OSError(errno.ETIMEDOUT, "no answer")
+
+    def silent(ctx: ObjectContext, oid: str) -> Any:
+        raise OSError(errno.ETIMEDOUT, "no answer")
+
+    monkeypatch.setattr(wire, "mark", lost)
+    assert refused(lambda: a.offer(KEY)) == errno.ETIMEDOUT
+    monkeypatch.setattr(wire, "mark", mark)
+    monkeypatch.setattr(wire, "get_lock", get_lock)
+    assert a.handing_over
+    writer = Writer(a, b"too late", 0)
+    b.take_over()  # it was offered
+    wait_until_taken(a)
+    assert writer.waits
+    a.close()
+    with pytest.raises(OSError):
+        writer.end()
+    assert b.data.read(0, 8) == bytes(8)
+
+
+def test_nobody_owned_it_and_then_the_vm_wrote(host: Open) -> None:
+    a, b = host(), host()
+    b.stand_by(KEY, park=True)
+    a.data.write(0, b"first")
+    b.take_over()
+    assert b.is_lock_owner
+
+
+def test_closing_while_requests_do_not_end(host: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock cannot go before them. The handle stays as it is, and closing it again ends cleanly."""
+    a, b = host(), host()
+    a.data.write(0, b"before")
+    block = a.data.block
+
+    def stuck(which: int, timeout: float) -> None:
+        raise OSError(errno.ETIMEDOUT, "requests in flight do not end")
+
+    monkeypatch.setattr(a.data, "block", stuck)
+    assert refused(a.close) == errno.ETIMEDOUT
+    assert not a.closed and a.is_lock_owner and owner(b) == address(a)
+    monkeypatch.setattr(a.data, "block", block)
+    a.data.write(0, b"after ")
+    a.close()
+    a.close()
+    assert a.closed and owner(b) is None
+    assert b.data.read(0, 6) == b"after "
+    assert [row.address for row in watchers(b)] == [address(b)]

@@ -1,6 +1,6 @@
 """Live migrations in the simulated world of `control_world.py`: hand-offs of the lock, and everything that can come in
-between. What the driver and the image do around the machine (driver.py, image/handle_moves.py) is said again here, in scripts
-that wait in simulated time."""
+between. What the driver and the image do around the machine (driver.py, image/handle_moves.py) is said again here, in
+scripts that wait in simulated time."""
 
 from __future__ import annotations
 
@@ -104,6 +104,7 @@ class MovingWorld(World):
 
     def stand_by(self, client: Client, key: str, park: bool) -> Script:
         client.parked = park
+        client.heard.clear()
         yield self.latency()
         now = self.owner
         while client.alive:
@@ -144,7 +145,7 @@ class MovingWorld(World):
         return True
 
     def take_back(self, client: Client) -> Script:
-        client.waits_move = client.alive
+        client.waits_move, client.expected = client.alive, None
         self.tell_lock(client, le.TakeBack())
         while client.waits_move and client.alive:
             yield LOOK_SECONDS
@@ -163,6 +164,7 @@ class MovingWorld(World):
 
     def take_over(self, client: Client, whose: str) -> Script:
         before = self.owner
+        client.expected = client.lock.hand.standby.owner if client.lock.hand.standby is not None else None
         client.waits_move = client.alive
         self.tell_lock(client, le.TakeOver())
         while client.waits_move and client.alive:
@@ -177,11 +179,21 @@ class MovingWorld(World):
             self._judge_refusal(client, whose, before)
             yield self.rng.random()
             if client.alive and self.hit(0.5):
-                client.waits_move = True
+                client.waits_move, client.expected = True, None
                 self.tell_lock(client, le.TakeOver(force=True))  # an operator's word
                 while client.waits_move and client.alive:
                     yield LOOK_SECONDS
         return client.answer == 0
+
+    def granted(self, client: Client) -> None:
+        """Nobody it has heard of came between the owner that was there when it began to stand by, and itself. Who
+        offers it may be another one by now, but of the same VM."""
+        expected = client.expected if client.waits_move else None
+        if self.owner is None or self.owner.gid != client.gid or self.owner.mark or expected is None:
+            return
+        before = next((gid for gid in reversed(self.owners) if gid != client.gid), expected.gid)
+        if before != expected.gid and before in client.heard:
+            raise Violation(f"{client} stood by for client {expected.gid}, and client {before} owned the lock since")
 
     def _judge_refusal(self, client: Client, whose: str, before: le.Locker | None) -> None:
         """While it is offered and nobody came, a destination is not refused."""

@@ -26,6 +26,7 @@ WRITING = frozenset(
         LockState.QUIESCING,
     }
 )
+RENEWING = frozenset({LockState.RELOCK_LOOKING, LockState.RELOCKING, LockState.RELOCK_WAITING})
 
 
 class Violation(AssertionError):
@@ -71,6 +72,8 @@ class Client:
     drained: list[Callable[[], None]] = field(default_factory=list)  # to call when there are none
     waits_offer: bool = False
     waits_move: bool = False
+    expected: le.Locker | None = None  # who owned the lock when it began to stand by
+    heard: set[int] = field(default_factory=set)  # who announced to it, since then, that it took the lock
     answer: int = 0  # to the last Offer, TakeBack or TakeOver
     moves: bool = False  # takes part in a migration
 
@@ -95,6 +98,8 @@ class World:
         self.steps = 0
         self.grants = 0
         self.writes = 0
+        self.renewing = 0  # writes that arrived while the cookie was renewed under a new watch
+        self.left_behind = 0  # locks that could not be unlocked and were broken by the next owner
         self.owner: le.Locker | None = None
         self.owners: list[int] = []  # who held the lock, in turn
         self.offered_at: dict[str, int] = {}  # nonce -> how many had held it then
@@ -142,6 +147,7 @@ class World:
         gid = next(self._gids)
         client = Client(gid, LockMachine(gid, f"10.0.0.{gid % 250}:0/{gid}", former=former))
         client.lock.exclusive = self.hit(self.chances.exclusive)
+        client.lock.heir = self.hit(0.5)
         self.clients.append(client)
         self.tell_watch(client, wt.Open())
         return client
@@ -243,6 +249,7 @@ class World:
                 raise Violation(f"client {client.gid} writes to what it has offered")
             else:
                 self.writes += 1
+                self.renewing += client.lock.state in RENEWING
             if not client.writing:
                 ready, client.drained = client.drained, []
                 for call in ready:
@@ -297,6 +304,8 @@ class World:
                     self.tell_lock(client, le.WatchDown())
                 case wt.Failed(code):
                     self.tell_lock(client, le.Fenced(code))
+                case wt.Closed() if client.lock.state is LockState.FENCED:
+                    pass  # by itself; its program has not closed the image yet
                 case wt.Closed():
                     client.closed = True
                     if not client.lost:
@@ -335,12 +344,15 @@ class World:
         if not client.alive:
             return None
         reply: int | None = None
+        if isinstance(event, le.PeerAcquired):
+            client.heard.add(event.gid)
         for action in client.lock.handle(event):
             match action:
                 case le.Reply(result):
                     reply = result
                 case le.Acquired():
                     self.grants += 1
+                    self.granted(client)
                     client.waits_lock = client.waits_move = False
                     client.answer = 0
                 case le.Refused(code):
@@ -355,11 +367,14 @@ class World:
                     client.waits_stop = False
                     if code == 0 or client.lock.state is LockState.STOPPED:
                         self.tell_watch(client, wt.Close())
-                case le.Lost():
+                case le.Lost(_, cookies):
                     client.lost += 1
                     client.gate = False
                     if client.lost > 1:
                         raise Violation("lost twice")
+                    if cookies and client.writing:
+                        raise Violation(f"{client} would unlock with writes under way")
+                    self.after(self.latency(), lambda: self._end_lost(client, cookies))
                 case le.Sleep(op, seconds):
                     self.after(seconds, lambda op=op: self.tell_lock(client, le.Done(op)))  # type: ignore[misc]
                 case le.AnnounceAcquired(handle):
@@ -377,6 +392,17 @@ class World:
         if reply == 0 and client.lock.state in HANDING:
             raise Violation(f"client {client.gid} promises a stranger the lock it offers")
         return reply
+
+    def granted(self, client: Client) -> None:
+        """The machine says that its lock is there."""
+
+    def _end_lost(self, client: Client, cookies: tuple[str, ...]) -> None:
+        for cookie in cookies:
+            if client.alive and not self.hit(self.chances.failure):
+                self._apply(client, le.Unlock(0, cookie))
+        if self.owner is not None and self.owner.gid == client.gid:
+            self.left_behind += 1
+        self.tell_watch(client, wt.Close())
 
     def _operate(self, client: Client, action: le.Action) -> None:
         """The request reaches the store, takes effect there, and the answer comes back or is lost."""
@@ -448,6 +474,8 @@ class World:
                 if self.owner != owner:
                     return errno.ECANCELED, None
                 offer = Offer.parse(owner.mark)
+                if not (client.moves or client.lock.heir):
+                    raise Violation(f"{client} takes what {owner} offers to a VM")
                 if offer is None or self.offered_at[offer.nonce] != len(self.owners):
                     raise Violation(f"client {client.gid} takes what {owner} does not offer any more")
                 self._owned(le.Locker(client.gid, cookie, client.address, mark))
@@ -510,13 +538,9 @@ class World:
                 raise Violation(f"{client} does not get the lock though nobody minds")
 
     def calm(self) -> None:
-        """Nobody keeps a lock for good, and programs close the images that they lost."""
+        """Nobody keeps a lock for good. Who lost an image may never close it."""
         for client in self.clients:
             client.lock.exclusive = False
-            if client.lost and not (client.waits_stop or client.closed):
-                client.waits_stop = True
-                self.tell_lock(client, le.Shutdown())
-                break  # the list has changed
 
     def settle(self, seconds: float) -> None:
         """Nobody does anything new: every wait ends."""

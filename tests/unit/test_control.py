@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from librbd_py.control import lock as lk
+from librbd_py.control import lock_events as le
 from librbd_py.control.driver import HeaderControl, Policy
 from librbd_py.control.pool import control_pool
 from librbd_py.format import lock as fl
 from librbd_py.format import notify as nf
-from librbd_py.store.api import Create, GetXattr, NotifyReply, ObjectContext, Remove
+from librbd_py.store.api import Create, GetXattr, ListWatchers, NotifyReply, ObjectContext, Remove
 from librbd_py.store.memory import MemoryCluster, MemoryStore
 
 HEADER = "rbd_header.1045abc"
@@ -482,6 +485,111 @@ def test_a_control_opens_only_where_there_is_a_header(world: World) -> None:
     missing.open()
     missing.close()
     missing.close()
+
+
+def fail(client: Client, method: str, code: int) -> list[int]:
+    """Class calls of this name fail until the list that is returned is emptied."""
+    failing = [code]
+    execute = client.ctx.exec
+
+    def spy(oid: str, cls: str, called: str, data: bytes = b"") -> bytes:
+        if called == method and failing:
+            raise OSError(failing[0], f"{method} fails")
+        return execute(oid, cls, called, data)
+
+    client.ctx.exec = spy  # type: ignore[method-assign]
+    return failing
+
+
+def test_a_lock_that_cannot_be_unlocked_does_not_stop_the_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three attempts; then the image is given up, its watch ends, and the next owner breaks the lock."""
+    monkeypatch.setattr(lk, "REFUSED_SECONDS", 0.01)
+    one, two = world.client(), world.client()
+    one.control.acquire(PATIENCE)
+    fail(one, "unlock", errno.EIO)
+    two.control.acquire(PATIENCE)
+    assert one.image.failure is not None and one.image.failure.errno == errno.EIO
+    assert one.store.client.address in world.store.blocklist()
+    one.control.close()
+    one.control.close()
+    assert one.image.events == ["acquire", "release", "lost"]
+    assert [watcher.gid for watcher in world.ctx.read(HEADER, [ListWatchers()])[0]] == [two.store.client.gid]
+
+
+def test_a_store_that_recovers_meanwhile_costs_the_image_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more attempt to unlock when nothing can be under way any more: nobody has to be fenced."""
+    monkeypatch.setattr(lk, "REFUSED_SECONDS", 0.01)
+    one, two = world.client(), world.client()
+    one.control.acquire(PATIENCE)
+    failing = fail(one, "unlock", errno.EIO)
+    lost = one.image.lost
+    one.image.lost = lambda failure: (failing.clear(), lost(failure))  # type: ignore
+    two.control.acquire(PATIENCE)
+    assert one.image.failure is not None and not world.store.blocklist()
+
+
+def test_who_cannot_release_says_so(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Peers are promised the lock once, then told why it does not come, and get it when it can go."""
+    one, two = world.client(), world.client()
+    one.control.acquire(PATIENCE)
+
+    def asked() -> int | None:
+        message = nf.RequestLock(nf.ClientId(two.store.client.gid, 1))
+        return one.control._lock_event(le.PeerRequested(message.client.gid, message.client.handle))
+
+    for code, told in ((errno.EIO, errno.EIO), (errno.ETIMEDOUT, errno.EAGAIN), (errno.EROFS, errno.EIO)):
+        one.image.fail_release = OSError(code, "it does not drain")
+        assert asked() in (0, errno.EIO, errno.EAGAIN)
+        one.image.wait_for(lambda: one.control.is_owner)
+        assert one.control._lock.kept == told
+    with pytest.raises(OSError, match=r"does not give up the lock and says: Input/output error") as caught:
+        two.control.acquire(0.5)
+    assert caught.value.errno == errno.ETIMEDOUT
+    one.image.wait_for(lambda: one.control.is_owner)
+    one.image.fail_release = None
+    two.control.acquire(PATIENCE)
+    one.control.acquire(PATIENCE)
+    one.image.wait_for(lambda: one.control.is_owner)
+    assert asked() == 0  # that was then
+
+
+def test_who_offers_cannot_stand_by(world: World) -> None:
+    one = world.client()
+    assert one.control.offer("uuid:1", PATIENCE)
+    with pytest.raises(OSError) as caught:
+        one.control.stand_by("uuid:1")
+    assert caught.value.errno == errno.EBUSY
+    assert one.control.offered and one.control.offered_to("uuid:1")
+    one.control.take_back()
+
+
+def test_standing_by_fails_when_the_owner_cannot_be_read(world: World) -> None:
+    one = world.client()
+    reads = iter([one.control.owner(), OSError(errno.ETIMEDOUT, "no answer")])
+
+    def owner() -> object:
+        answer = next(reads)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    one.control.owner = owner  # type: ignore
+    with pytest.raises(OSError) as caught:
+        one.control.stand_by("uuid:1")
+    assert caught.value.errno == errno.ETIMEDOUT
+    assert not one.control.moving and not one.control.standing_by
+    one.control.acquire(PATIENCE)
+
+
+def test_a_backup_does_not_take_what_is_offered_to_some_vm(world: World) -> None:
+    one, backup, server = world.client(), world.client(), world.client()
+    assert one.control.offer("*", PATIENCE)
+    with pytest.raises(OSError, match=os.strerror(errno.EAGAIN)) as caught:
+        backup.control.acquire(0.3)
+    assert caught.value.errno == errno.ETIMEDOUT and one.control.offered
+    server.control.heir = True
+    server.control.acquire(PATIENCE)
+    assert not world.store.blocklist()
 
 
 def test_closing_gives_the_lock_and_the_watch_back(world: World) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -67,27 +68,62 @@ def test_without_faults_they_move_all_the_same() -> None:
         assert not world.blocklist & {client.address for client in world.clients}
 
 
+class Driver:
+    """Of one machine, by hand."""
+
+    def __init__(self) -> None:
+        self.machine = LockMachine(4100, "10.0.0.1:0/1")
+        self.machine.handle(le.WatchUp(5))
+
+    def step(self, event: le.Event) -> le.Action:
+        return self.machine.handle(event)[-1]
+
+    def done(self, action: le.Action, value: object = None, code: int = 0) -> le.Action:
+        return self.step(le.Done(action.op, code, value))  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("answer", [0, errno.ETIMEDOUT], ids=["still offered", "no answer"])
 def test_a_vm_that_comes_back_while_the_offer_is_looked_at(answer: int) -> None:
     """A wait that had no exit."""
-    machine = LockMachine(4100, "10.0.0.1:0/1")
-
-    def step(event: le.Event) -> le.Action:
-        return machine.handle(event)[-1]
-
-    def done(action: le.Action, value: object = None, code: int = 0) -> le.Action:
-        return step(le.Done(action.op, code, value))  # type: ignore[union-attr]
-
-    machine.handle(le.WatchUp(5))
-    announced = done(done(done(step(le.Acquire()), le.LockView())))
+    d = Driver()
+    announced = d.done(d.done(d.done(d.step(le.Acquire()), le.LockView())))
     assert isinstance(announced, le.AnnounceAcquired)
-    mark = done(step(le.Offer("uuid:1")))
-    assert isinstance(mark, le.Mark) and isinstance(done(mark), le.Offered)
-    look = step(le.PeerAcquired(9, 9))
-    assert machine.handle(le.TakeBack()) == []
+    mark = d.done(d.step(le.Offer("uuid:1")))
+    assert isinstance(mark, le.Mark) and isinstance(d.done(mark), le.Offered)
+    look = d.step(le.PeerAcquired(9, 9))
+    assert d.machine.handle(le.TakeBack()) == []
     view = le.LockView(le.Locker(4100, "auto 5", "10.0.0.1:0/1", mark.new))
-    assert isinstance(done(look, view, answer), le.Mark)
-    assert machine.state is LockState.RETRACTING
+    assert isinstance(d.done(look, view, answer), le.Mark)
+    assert d.machine.state is LockState.RETRACTING
+
+
+def test_who_was_asked_gave_the_lock_to_somebody_else() -> None:
+    source, stranger = (le.Locker(gid, f"auto {gid}", f"10.0.0.{gid}:0/1") for gid in (7, 8))
+    d = Driver()
+    d.machine.handle(le.StandBy("uuid:1", source))
+    ask = d.done(d.done(d.step(le.TakeOver()), le.LockView(source)), True)
+    assert isinstance(ask, le.Ask) and isinstance(d.done(ask, le.Answer(0)), le.Sleep)
+    look = d.step(le.PeerAcquired(8, 8))
+    assert d.done(look, le.LockView(stranger)) == le.Refused(errno.ESTALE)
+    look = d.step(le.TakeOver())  # and when that one has let it go
+    d.machine.handle(le.PeerReleased(8))
+    d.machine.handle(le.PeerReleased(7))  # late
+    for _ in range(handoff.LEAVE_ATTEMPTS):
+        look = d.done(d.done(look, le.LockView()))
+    assert d.done(look, le.LockView()) == le.Refused(errno.ESTALE)
+    assert isinstance(d.step(le.TakeOver(force=True)), le.Look)
+
+
+def test_requests_go_on_while_the_cookie_is_renewed() -> None:
+    """The world would not have it if one of those writes arrived at another's image."""
+    worlds = [run(seed, Chances(watch_loss=0.1, slow=0.3)) for seed in range(10)]
+    assert sum(world.renewing for world in worlds) > 10
+
+
+def test_a_lock_left_behind_stops_nobody() -> None:
+    """The store does not let many unlock, and nobody closes the image that is lost with it."""
+    worlds = [run(seed, Chances(failure=0.3, blocklist=0)) for seed in range(20)]
+    assert sum(world.left_behind for world in worlds) > 10
 
 
 # --- the simulation finds what is wrong ----------------------------------------------------------------------------
@@ -109,6 +145,38 @@ def forgets_who_waits_when_it_was_taken(machine: LockMachine, done: le.Done) -> 
 def leaves_an_unanswered_offer(machine: LockMachine, done: le.Done) -> None:
     handoff.offering_done(machine, done)
     machine._out = [action for action in machine._out if not isinstance(action, le.Offered)]
+
+
+def expects_nobody_once_it_has_asked(machine: LockMachine, owner: le.Locker) -> None:
+    if machine.hand.standby is not None:
+        machine.hand.standby = le.StandBy(machine.hand.standby.key, None)
+
+
+def overlooks_who_was_faster(machine: LockMachine) -> bool:
+    return False
+
+
+def believes_old_farewells(machine: LockMachine, gid: int) -> None:
+    standby = machine.hand.standby
+    if standby is not None and standby.owner is not None:
+        machine.hand.standby = replace(standby, left=gid == standby.owner.gid)
+
+
+@pytest.mark.parametrize(
+    ("name", "mutant"),
+    [
+        ("asks", expects_nobody_once_it_has_asked),
+        ("overtaken", overlooks_who_was_faster),
+        ("let_go", believes_old_farewells),
+    ],
+)
+def test_the_simulation_catches_a_destination_that(
+    name: str, mutant: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handoff, name, mutant)
+    with pytest.raises(Violation, match=r"^seed \d+: .* owned the lock since"):
+        for seed in range(400):
+            run(seed)
 
 
 @pytest.mark.parametrize(
