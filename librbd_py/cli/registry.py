@@ -34,6 +34,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("snap",), ("cmd_snap",)),
     **dict.fromkeys(("trash",), ("cmd_trash",)),
     **dict.fromkeys(("group",), ("cmd_group",)),
+    **dict.fromkeys(("migration",), ("cmd_migration",)),
     **dict.fromkeys(("perf",), ("cmd_perf",)),
     **dict.fromkeys(("store",), ("cmd_store", "cmd_store_copy")),
     **dict.fromkeys(("devcluster",), ("cmd_devcluster",)),

@@ -333,6 +333,9 @@ class SnapContextReply:
 
 MIGRATION_SOURCE = 1
 MIGRATION_DESTINATION = 2
+MIGRATION_ERROR, MIGRATION_PREPARING, MIGRATION_PREPARED = 0, 1, 2
+MIGRATION_EXECUTING, MIGRATION_EXECUTED, MIGRATION_ABORTING = 3, 4, 5
+MIGRATION_KEY = b"migration"  # of the header's omap
 
 
 @dataclass(frozen=True)
@@ -348,7 +351,7 @@ class MigrationSpec:
     overlap: int = 0  # bytes
     flatten: bool = False
     mirroring: bool = False
-    state: int = 0  # 0 error, 1 preparing, 2 prepared, 3 executing, 4 executed, 5 aborting
+    state: int = MIGRATION_ERROR
     state_description: str = ""
     mirror_image_mode: int = 0
     source_spec: str = ""

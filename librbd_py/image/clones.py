@@ -88,9 +88,16 @@ def inherited(header: Header, options: CreateOptions) -> CreateOptions:
 
 
 def attach(
-    parent: ImageHandle, ctx: ObjectContext, image_id: str, clone_format: int, overlap: int | None = None
+    parent: ImageHandle,
+    ctx: ObjectContext,
+    image_id: str,
+    clone_format: int,
+    overlap: int | None = None,
+    *,
+    metadata: bool = True,
 ) -> None:
-    """Ties a new, empty image to the snapshot `parent` is open at, of which it sees `overlap` bytes (None: all)."""
+    """Ties a new, empty image to the snapshot `parent` is open at, of which it sees `overlap` bytes (None: all). It
+    gets the parent's `metadata`."""
     header = parent.header
     spec = ParentImageSpec(parent.ctx.pool_id, parent.ctx.namespace, parent.id, parent.snap_id)
     size = header.size_at(parent.snap_id)
@@ -99,9 +106,9 @@ def attach(
     oid = header_oid(image_id)
     if size:
         ctx.write(oid, [call("parent_attach", cls.encoded(spec), u64(size))])
-    metadata = cls.metadata(parent.ctx, parent.oid)
-    if metadata:
-        ctx.exec(oid, "rbd", "metadata_set", cls.encode_metadata(metadata))
+    rows = cls.metadata(parent.ctx, parent.oid) if metadata else {}
+    if rows:
+        ctx.exec(oid, "rbd", "metadata_set", cls.encode_metadata(rows))
     if not size:
         return
     if clone_format == 1:

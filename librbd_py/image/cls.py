@@ -263,6 +263,11 @@ def encode_metadata(values: dict[str, bytes]) -> bytes:
     return Encoder().map(dict(sorted(values.items())), Encoder.string, Encoder.blob).done()
 
 
+def migration(ctx: ObjectContext, oid: str) -> fh.MigrationSpec:
+    """EINVAL: the image does not migrate."""
+    return fh.MigrationSpec.decode(ctx.exec(oid, "rbd", "migration_get"))
+
+
 # --- directories ------------------------------------------------------------------------------------------------
 
 

@@ -103,7 +103,8 @@ def _copy_changes(
 
 def _has_parent_throughout(source: ImageHandle, snap_ids: list[int], end: int) -> bool:
     """A parent that some snapshot does not need any more, after a flatten, is not worth keeping for the others."""
-    return all(source.header.overlap_at(snap_id) for snap_id in (*snap_ids, end)) and _parent_takes_clones(source)
+    throughout = all(source.header.overlap_at(snap_id) for snap_id in (*snap_ids, end))
+    return throughout and not source.header.migrates and _parent_takes_clones(source)
 
 
 def _parent_takes_clones(source: ImageHandle) -> bool:

@@ -116,13 +116,16 @@ def require_free(ctx: ObjectContext, name: str) -> None:
         raise OSError(errno.EEXIST, f"image {name} exists")
 
 
-def create(ctx: ObjectContext, name: str, size: int, options: CreateOptions = DEFAULTS) -> str:
-    """Makes an empty image of `size` bytes and returns its id. EEXIST, and what `plan` raises. ENOENT: no such
-    namespace. Cut short it leaves a name that cannot be opened; `remove_image` takes that away."""
+def create(
+    ctx: ObjectContext, name: str, size: int, options: CreateOptions = DEFAULTS, image_id: str | None = None
+) -> str:
+    """Makes an empty image of `size` bytes and returns its id: `image_id`, where one is given. EEXIST, and what
+    `plan` raises. ENOENT: no such namespace. Cut short it leaves a name that cannot be opened; `remove_image`
+    takes that away."""
     require_name(name)
     checked = plan(ctx, size, options)
     require_free(ctx, name)
-    image_id = names.make_id(ctx.store.client.gid)
+    image_id = image_id or names.make_id(ctx.store.client.gid)
     ready = [call("dir_state_assert", u8(0))] if ctx.namespace else []
     ctx.write(names.DIRECTORY, [*ready, call("dir_add_image", text(name), text(image_id))])
     with _undoing() as undo:

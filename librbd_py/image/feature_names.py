@@ -12,6 +12,7 @@ SUPPORTED = (
     | ft.STRIPINGV2
     | ft.EXCLUSIVE_LOCK
     | ft.OBJECT_MAP
+    | ft.MIGRATING
     | ft.FAST_DIFF
     | ft.DEEP_FLATTEN
     | ft.DATA_POOL

@@ -19,6 +19,8 @@ def flatten(handle: ImageHandle, progress: Progress | None = None) -> None:
 
     With deep-flatten the snapshots are cut loose too; without it they keep the parent until the last of them goes.
     """
+    if not handle.read_only and handle.header.migrates:
+        raise OSError(errno.EBUSY, "the image migrates: it can be flattened when that is done")
     if not handle.read_only and not handle.header.head_has_parent:
         raise OSError(errno.EINVAL, "the image has no parent")
     handle.require_writable()

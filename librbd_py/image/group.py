@@ -164,7 +164,11 @@ def _member(ctx: ObjectContext, name: str, image_ctx: ObjectContext, image: str)
 def add_image(ctx: ObjectContext, name: str, image_ctx: ObjectContext, image: str) -> None:
     """ENOENT: no such group or image. EEXIST: the image is in another group. EINVAL: it is in another namespace."""
     group_id, spec = _member(ctx, name, image_ctx, image)
-    oid = header_oid(spec.image_id)
+    _link(ctx, group_id, spec)
+
+
+def _link(ctx: ObjectContext, group_id: str, spec: GroupImageSpec) -> None:
+    image_ctx, oid = _pool(ctx, spec.pool_id), header_oid(spec.image_id)
     _set_link(ctx, group_id, spec, fg.LINK_INCOMPLETE)
     try:
         image_ctx.exec(oid, "rbd", "image_group_add", GroupSpec(ctx.pool_id, group_id).encode())
@@ -194,6 +198,13 @@ def _unlink(ctx: ObjectContext, group_id: str, spec: GroupImageSpec) -> None:
         image_ctx.exec(oid, "rbd", "image_group_remove", GroupSpec(ctx.pool_id, group_id).encode())
         announce(image_ctx, oid)
     _forget_link(ctx, group_id, spec)
+
+
+def replace_image(ctx: ObjectContext, group_id: str, old: tuple[int, str], new: tuple[int, str]) -> None:
+    """Another image, as (pool, id), takes the place of a member; for a moment both are. `ctx`: the group's pool. Called
+    again it goes on where it was cut short."""
+    _link(ctx, group_id, GroupImageSpec(new[1], new[0]))
+    _unlink(ctx, group_id, GroupImageSpec(old[1], old[0]))
 
 
 def leave(handle: ImageHandle) -> None:

@@ -22,7 +22,7 @@ from .datapath import NativeImage
 from .handle_lock import announce
 from .handle_moves import HandleMoves
 from .handle_view import name_by_id, resolve_snapshot
-from .header import Header, image_id_of, load
+from .header import Header, image_id_of, load, require_migrated_to
 from .proxy import Reply, Requests, Served
 from .quiesce import QuiesceWatchers
 
@@ -35,11 +35,18 @@ class ImageHandle(HandleMoves):
     """Open with `ImageHandle.open`, close with `close`. Failures are OSError."""
 
     def __init__(
-        self, ctx: ObjectContext, name: str, header: Header, *, read_only: bool, snap_id: int = NOSNAP
+        self,
+        ctx: ObjectContext,
+        name: str,
+        header: Header,
+        *,
+        read_only: bool,
+        snap_id: int = NOSNAP,
+        alone: bool = False,
     ) -> None:
         self._served: Served | None = None
         self.next_touch: dict[str, float] = {}  # access, modify: time.monotonic() of the next look at the times
-        super().__init__(ctx, name, header, read_only=read_only, snap_id=snap_id)
+        super().__init__(ctx, name, header, read_only=read_only, snap_id=snap_id, alone=alone)
         self.requests = Requests(self)
         self.quiesce = QuiesceWatchers(self.id)
 
@@ -53,11 +60,15 @@ class ImageHandle(HandleMoves):
         snapshot: str | int | None = None,
         read_only: bool = False,
         former: frozenset[str] = frozenset(),
+        alone: bool = False,
     ) -> ImageHandle:
         """By name or by id; `snapshot` is a name (user namespace) or an id, and makes the view read-only. `former`:
         addresses of clients known to be dead, whose lock is broken without waiting for their watch to expire.
 
-        ENOENT: no such image or snapshot. ENOSYS: features this library lacks. A read-write open registers a watch.
+        `alone`: as if it did not migrate; for the steps of a migration.
+
+        ENOENT: no such image or snapshot. ENOSYS: features this library lacks. EROFS: it migrates elsewhere, or its
+        migration is being prepared or aborted. A read-write open registers a watch.
         """
         if image_id is None:
             if not name:
@@ -65,11 +76,13 @@ class ImageHandle(HandleMoves):
             image_id = image_id_of(ctx, name)
         elif name is None:
             name = name_by_id(ctx, image_id)
-        header = load(ctx, image_id, read_only=read_only)
+        header = load(ctx, image_id, read_only=read_only, alone=alone)
         snap_id = resolve_snapshot(header, snapshot)
-        if header.has(ft.NON_PRIMARY | ft.MIGRATING):
+        if header.has(ft.NON_PRIMARY):
             read_only = True
-        handle = cls(ctx, name or "", header, read_only=read_only, snap_id=snap_id)
+        if header.migration is not None and not (read_only or alone):
+            require_migrated_to(header.migration)
+        handle = cls(ctx, name or "", header, read_only=read_only, snap_id=snap_id, alone=alone)
         if not read_only:
             control = HeaderControl(ctx, handle.oid, handle, former=former)
             control.diary.facts = handle.facts

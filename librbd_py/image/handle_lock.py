@@ -22,7 +22,7 @@ from librbd_py.native import check, lib
 from librbd_py.store.api import NOSNAP, ObjectContext
 
 from .handle_map import HandleMap
-from .header import Header, load
+from .header import Header
 from .objects import ignoring
 from .view import EVERYTHING, WRITES, DataObjects
 
@@ -37,13 +37,15 @@ log = logging.getLogger("librbd_py.image")
 class HandleLock(HandleMap):
     """`post_acquire`, `pre_release` and `lost` are HeaderControl's callbacks."""
 
-    def __init__(self, ctx: ObjectContext, name: str, header: Header, *, read_only: bool, snap_id: int) -> None:
+    def __init__(
+        self, ctx: ObjectContext, name: str, header: Header, *, read_only: bool, snap_id: int, alone: bool = False
+    ) -> None:
         self._holds = threading.Condition()
         self._in_use = 0  # maintenance operations that need the lock to stay; guarded by _holds
         self._releasing = False  # guarded by _holds
         self._released_by_hand = False
         self.on_wanted: Callable[[], None] | None = None  # a write waits while the lock moves; on the event thread
-        super().__init__(ctx, name, header, read_only=read_only, snap_id=snap_id)
+        super().__init__(ctx, name, header, read_only=read_only, snap_id=snap_id, alone=alone)
 
     @property
     def is_lock_owner(self) -> bool:
@@ -189,7 +191,7 @@ class HandleLock(HandleMap):
         with self._state:
             if self.closed:
                 raise OSError(errno.ESHUTDOWN, "the image is closed")
-            header = load(self.ctx, self.id, read_only=False)
+            header = self._load()
             native = self.objects.native
             if native is not None:
                 native.own(OWN_SECONDS)

@@ -10,7 +10,7 @@ from librbd_py.store.api import NOSNAP
 from . import object_map
 from .datapath import NativeMap
 from .handle_view import HandleView
-from .header import Header, load
+from .header import Header
 from .plain import HeadMap, PlainData
 from .view import NO_MAP, ObjectMapKeeper
 
@@ -50,7 +50,7 @@ class HandleMap(HandleView):
         native = self.objects.native
         if native is None or isinstance(self.data, PlainData):
             self._keep_map(HeadMap(self.ctx, self.id, self.map_failed))
-        elif not load(self.ctx, self.id, read_only=False).flags_at(NOSNAP) & ft.FLAG_OBJECT_MAP_INVALID:
+        elif not self._load().flags_at(NOSNAP) & ft.FLAG_OBJECT_MAP_INVALID:
             # C believes what the map says of absence, so the flags are read after whatever led here.
             states = bytes(object_map.load(self.ctx, self.id))
             diff, lock = header.has(ft.FAST_DIFF), object_map.ASSERT_LOCKED

@@ -20,9 +20,11 @@ OFFER_SECONDS = 2.0  # how long a client that leaves waits for a lock it does no
 class HandleMoves(HandleLock):
     """Requests are parked here, at the image's gate, while the lock moves."""
 
-    def __init__(self, ctx: ObjectContext, name: str, header: Header, *, read_only: bool, snap_id: int) -> None:
+    def __init__(
+        self, ctx: ObjectContext, name: str, header: Header, *, read_only: bool, snap_id: int, alone: bool = False
+    ) -> None:
         self._parked = False  # the gate is closed for a hand-off; guarded by _state
-        super().__init__(ctx, name, header, read_only=read_only, snap_id=snap_id)
+        super().__init__(ctx, name, header, read_only=read_only, snap_id=snap_id, alone=alone)
 
     def offer(self, key: str, seconds: float = OFFER_SECONDS) -> bool:
         """The VM `key` ("*": unknown) leaves: parks all requests, drains, flushes and offers the lock to its next host.

@@ -29,13 +29,16 @@ from .view import DataObjects, DataPath, ViewSpec
 class HandleView(ABC):
     """`_one_op` serialises maintenance operations; `_state` guards the header and the view: see handle.py."""
 
-    def __init__(self, ctx: ObjectContext, name: str, header: Header, *, read_only: bool, snap_id: int) -> None:
+    def __init__(
+        self, ctx: ObjectContext, name: str, header: Header, *, read_only: bool, snap_id: int, alone: bool = False
+    ) -> None:
         self.ctx = ctx
         self.store = ctx.store
         self.name = name
         self.id = header.id
         self.oid = header_oid(header.id)
         self.read_only = read_only
+        self.alone = alone  # what it migrates from or to is left out of account
         self.snap_id = snap_id
         self.closed = False
         self.gone = False  # removed by this handle
@@ -50,7 +53,7 @@ class HandleView(ABC):
         self._update_watchers: dict[int, Callable[[], None]] = {}
         self._next_watcher = 0
         self._lost: OSError | None = None
-        self._parents: tuple[ParentImageSpec, ViewSpec, list[DataObjects]] | None = None
+        self._parents: dict[ParentImageSpec, tuple[ViewSpec, list[DataObjects]]] = {}
         self._retired: list[DataObjects] = []  # parents of older views; requests in flight may still read them
         pool = header.data_pool_id
         self.data_ctx = ctx if pool in (-1, ctx.pool_id) else ctx.store.open(pool, ctx.namespace)
@@ -112,10 +115,13 @@ class HandleView(ABC):
             if self.closed:
                 return self._header
             seq = self.control.header_seq if self.control is not None else 0
-            header = load(self.ctx, self.id, read_only=self.read_only)
+            header = self._load()
             self._publish(header)
             self._seen_seq = seq
             return header
+
+    def _load(self) -> Header:
+        return load(self.ctx, self.id, read_only=self.read_only, alone=self.alone)
 
     def _follow(self) -> None:
         """After an update was announced, our own too: reads the header again if it changed since it was read."""
@@ -149,7 +155,7 @@ class HandleView(ABC):
             snapc=header.snapc,
             read_only=self.read_only or snap_id != NOSNAP,
             need_lock=self._locks(header) and not self._owner,
-            parent=self._parent_view(header) if overlap else None,
+            parent=self._parent_view(header, snap_id) if overlap else None,
             overlap=min(overlap, limit),
         )
 
@@ -171,23 +177,24 @@ class HandleView(ABC):
                 snap_id=snap_id,
                 snapc=header.snapc,
                 read_only=True,
-                parent=self._parent_view(header) if overlap else None,
+                parent=self._parent_view(header, snap_id) if overlap else None,
                 overlap=overlap,
             )
 
-    def _parent_view(self, header: Header) -> ViewSpec:
-        if self._parents is not None and self._parents[0] == header.parent:
-            return self._parents[1]
+    def _parent_view(self, header: Header, snap_id: int) -> ViewSpec:
+        spec = header.parent_at(snap_id)
+        if spec in self._parents:
+            return self._parents[spec][0]
         opened: list[DataObjects] = []
         try:
-            view = parent_view(self.store, header.parent, opened, {(self.ctx.pool_id, self.ctx.namespace, self.id)})
+            view = parent_view(self.store, spec, opened, {(self.ctx.pool_id, self.ctx.namespace, self.id)})
         except BaseException:
             for objects in opened:
                 objects.close()
             raise
-        if self._parents is not None:
-            self._retired += self._parents[2]
-        self._parents = (header.parent, view, opened)
+        for old in [old for old in self._parents if old.image_id != spec.image_id]:
+            self._retired += self._parents.pop(old)[1]
+        self._parents[spec] = (view, opened)
         return view
 
     def set_snapshot(self, snapshot: str | int | None) -> None:
@@ -225,8 +232,10 @@ class HandleView(ABC):
 
     def _close_objects(self) -> None:
         with self._state:
-            rest = [self.objects, *self._retired, *(self._parents[2] if self._parents is not None else [])]
-            self._parents, self._retired = None, []
+            rest = [self.objects, *self._retired]
+            for _, opened in self._parents.values():
+                rest += opened
+            self._parents, self._retired = {}, []
         for objects in rest:
             objects.close()
 
@@ -265,7 +274,8 @@ def name_by_id(ctx: ObjectContext, image_id: str) -> str:
 def parent_view(
     store: Any, spec: ParentImageSpec, opened: list[DataObjects], seen: set[tuple[int, str, str]]
 ) -> ViewSpec:
-    """The view of a parent snapshot, its own parents included. Appends the data objects taken to `opened`.
+    """The view of a parent snapshot, or of a migration's source at HEAD, its own parents included.
+    Appends the data objects taken to `opened`.
 
     ELOOP: an image is its own ancestor, or the chain is deeper than MAX_PARENTS.
     """
@@ -275,7 +285,7 @@ def parent_view(
     seen.add(key)
     ctx = store.open(spec.pool_id, spec.pool_namespace)
     header = load(ctx, spec.image_id, read_only=True)
-    if spec.snap_id not in header.snaps:
+    if spec.snap_id != NOSNAP and spec.snap_id not in header.snaps:
         raise OSError(errno.ENOENT, f"parent image {spec.image_id} has no snapshot {spec.snap_id}")
     data_ctx = ctx if header.data_pool_id == -1 else store.open(header.data_pool_id, spec.pool_namespace)
     objects = DataObjects(data_ctx, header.object_prefix, header.order).open()
@@ -287,6 +297,6 @@ def parent_view(
         data=objects,
         snap_id=spec.snap_id,
         read_only=True,
-        parent=parent_view(store, header.parent, opened, seen) if overlap else None,
+        parent=parent_view(store, header.parent_at(spec.snap_id), opened, seen) if overlap else None,
         overlap=overlap,
     )

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from librbd_py.format import features as ft
 from librbd_py.format import names
-from librbd_py.format.header import ParentImageSpec
+from librbd_py.format.header import (
+    MIGRATION_ABORTING,
+    MIGRATION_DESTINATION,
+    MIGRATION_EXECUTED,
+    MIGRATION_EXECUTING,
+    MIGRATION_PREPARED,
+    MIGRATION_PREPARING,
+    MigrationSpec,
+    ParentImageSpec,
+)
 from librbd_py.store.api import NOSNAP, ObjectContext, SnapContext
 
 from . import cls
@@ -21,6 +30,7 @@ from .feature_names import SUPPORTED
 from .layout import Layout
 
 MAX_PARENTS = 64  # depth of a clone chain; deeper is refused (ELOOP)
+NOBODY = ParentImageSpec()
 ATTEMPTS = 16  # of a load that raced with the removal of a snapshot
 
 
@@ -43,9 +53,11 @@ class Header:
     flags: int
     snapc: SnapContext
     snaps: Mapping[int, Snapshot]  # by id, ascending
-    parent: ParentImageSpec  # a null spec when there is none
+    parent: ParentImageSpec  # what shows through where objects are absent; a null spec when there is none
     parent_overlap: int | None  # of HEAD; None: HEAD needs no parent
     version: int = 0  # of the header object when the reading began
+    clone_of: ParentImageSpec = NOBODY  # as its header says; `parent` is another one while it migrates
+    migration: MigrationSpec | None = None  # of an image whose migration is under way
 
     def has(self, feature: int) -> bool:
         return bool(self.features & feature)
@@ -66,18 +78,33 @@ class Header:
     @property
     def head_has_parent(self) -> bool:
         """HEAD is tied to a parent, be it by no byte any more (after a shrink)."""
-        return self.parent.exists and self.parent_overlap is not None
+        return (self.parent.exists or self.migrates) and self.parent_overlap is not None
+
+    @property
+    def migrates(self) -> bool:
+        """Objects that are absent are the migration's source's."""
+        return self.parent != self.clone_of
+
+    def parent_at(self, snap_id: int) -> ParentImageSpec:
+        """What shows through at a snapshot or HEAD."""
+        if self.migrates and self.migration is not None:
+            for here, there in self.migration.snap_seqs.items():
+                if there == snap_id:
+                    return replace(self.parent, snap_id=here)
+        return self.parent
 
     def overlap_at(self, snap_id: int) -> int:
         """Bytes of the parent seen at this snapshot or HEAD; 0 when none."""
-        if not self.parent.exists:
+        if not self.parent.exists and not self.migrates:
             return 0
         overlap = self.parent_overlap if snap_id == NOSNAP else self.snaps[snap_id].parent_overlap
         return overlap or 0
 
 
-def load(ctx: ObjectContext, image_id: str, *, read_only: bool) -> Header:
-    """ENOENT: no such image. ENOSYS: it uses a feature this library does not know. EINVAL, EBADMSG: damaged."""
+def load(ctx: ObjectContext, image_id: str, *, read_only: bool, alone: bool = False) -> Header:
+    """While an image migrates, what it migrates from is its parent, at HEAD, but not when `alone`.
+
+    ENOENT: no such image. ENOSYS: it uses a feature this library does not know. EINVAL, EBADMSG: damaged."""
     oid = header_oid(image_id)
     for _ in range(ATTEMPTS):
         base = cls.read_header(ctx, oid, read_only)
@@ -101,7 +128,7 @@ def load(ctx: ObjectContext, image_id: str, *, read_only: bool) -> Header:
                 raise
             ctx.stat(oid)
             continue
-        return Header(
+        header = Header(
             id=image_id,
             order=base.order,
             object_prefix=base.object_prefix,
@@ -117,8 +144,45 @@ def load(ctx: ObjectContext, image_id: str, *, read_only: bool) -> Header:
             parent=base.parent,
             parent_overlap=base.parent_overlap,
             version=base.version,
+            clone_of=base.parent,
         )
+        if not base.features & ft.MIGRATING:
+            return header
+        try:
+            spec = cls.migration(ctx, oid)
+        except OSError as failure:
+            if failure.errno not in (errno.EINVAL, errno.ENOENT):
+                raise
+            ctx.stat(oid)
+            continue  # it has just ended
+        return replace(header, migration=spec) if alone else _migrating(header, spec)
     raise OSError(errno.EAGAIN, f"image {image_id}: its snapshots change faster than they can be read")
+
+
+def _migrating(header: Header, spec: MigrationSpec) -> Header:
+    """The source shows through wherever the destination has no object yet: its HEAD under HEAD and newer snapshots, its
+    snapshot under one that was made from it."""
+    header = replace(header, migration=spec)
+    shows = spec.header_type == MIGRATION_DESTINATION and spec.state in (MIGRATION_PREPARED, MIGRATION_EXECUTING)
+    if not shows:
+        return header
+    before = set(spec.snap_seqs.values())
+    snaps = {
+        number: replace(snap, parent_overlap=snap.size if number in before else min(snap.size, spec.overlap))
+        for number, snap in header.snaps.items()
+    }
+    source = ParentImageSpec(spec.pool_id, spec.pool_namespace, spec.image_id, NOSNAP)
+    return replace(header, snaps=snaps, parent=source, parent_overlap=min(header.size, spec.overlap))
+
+
+def require_migrated_to(spec: MigrationSpec) -> None:
+    """EROFS: the image of this record may not be written to, as librbd has it. EBADMSG: an impossible state."""
+    if spec.header_type != MIGRATION_DESTINATION:
+        raise OSError(errno.EROFS, f"the image migrates to {spec.image_name}")
+    if spec.state in (MIGRATION_PREPARING, MIGRATION_ABORTING):
+        raise OSError(errno.EROFS, "the image's migration is being prepared or aborted")
+    if spec.state not in (MIGRATION_PREPARED, MIGRATION_EXECUTING, MIGRATION_EXECUTED):
+        raise OSError(errno.EBADMSG, f"the image's migration is in state {spec.state}")
 
 
 def image_id_of(ctx: ObjectContext, name: str) -> str:

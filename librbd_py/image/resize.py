@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from dataclasses import replace
 
 from librbd_py.format import features as ft
 from librbd_py.format import notify as nf
+from librbd_py.format.header import MIGRATION_KEY
 from librbd_py.format.object_map import NONEXISTENT
-from librbd_py.store.api import NOSNAP, Op, Remove, Truncate
+from librbd_py.store.api import NOSNAP, OmapCmp, OmapSet, Op, Remove, Truncate
 
-from . import object_map
-from .cls import u64
+from . import cls, object_map
+from .cls import call, u64
 from .directory import check_size
 from .handle import ImageHandle
 from .objects import ignoring
@@ -61,7 +63,19 @@ def _resize(handle: ImageHandle, size: int, allow_shrink: bool, progress: Progre
 
 
 def set_size(handle: ImageHandle, size: int) -> None:
-    handle.ctx.exec(handle.oid, "rbd", "set_size", u64(size))
+    """What falls off the end of an image that migrates must not show its source again when it grows: with the size goes
+    the overlap in its record, unless that changes just now."""
+    change = call("set_size", u64(size))
+    while True:
+        spec = cls.migration(handle.ctx, handle.oid) if handle.header.migrates else None
+        if spec is None or spec.overlap <= size:
+            handle.ctx.write(handle.oid, [change])
+            return
+        same = OmapCmp({MIGRATION_KEY: (spec.encode(), "eq")})
+        cut = OmapSet({MIGRATION_KEY: replace(spec, overlap=size).encode()})
+        with ignoring(errno.ECANCELED):
+            handle.ctx.write(handle.oid, [same, change, cut])
+            return
 
 
 def resize_map(handle: ImageHandle, size: int) -> None:

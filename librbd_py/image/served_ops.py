@@ -9,6 +9,7 @@ from librbd_py.format import notify as nf
 
 from . import directory, feature_update, flatten, map_check, metadata, resize, snapshots, sparsify
 from .handle import ImageHandle
+from .migration import execute
 from .progress import Progress
 from .proxy import Operation
 
@@ -65,6 +66,10 @@ def _sparsify(handle: ImageHandle, message: nf.Sparsify, progress: Progress) -> 
     sparsify.sparsify(handle, message.sparse_size, progress)
 
 
+def _migrate(handle: ImageHandle, message: nf.Migrate, progress: Progress) -> None:
+    execute.bring_all(handle, progress)
+
+
 def _metadata(handle: ImageHandle, message: nf.MetadataUpdate, progress: Progress) -> None:
     if message.value is None:
         metadata.remove(handle, message.key)
@@ -84,5 +89,6 @@ OPERATIONS: dict[type, Operation] = {
     nf.Rename: _rename,
     nf.UpdateFeatures: _update_features,
     nf.Sparsify: _sparsify,
+    nf.Migrate: _migrate,
     nf.MetadataUpdate: _metadata,
 }

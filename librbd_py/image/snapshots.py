@@ -171,8 +171,8 @@ def detach_child(handle: ImageHandle, before: Header) -> None:
     a clone that cannot be opened. `before`: the header before that change.
     """
     after = handle.header
-    parent = before.parent
-    if not parent.exists or after.parent.exists:
+    parent = before.clone_of
+    if not parent.exists or after.clone_of.exists:
         return
     child = ChildImageSpec(handle.ctx.pool_id, handle.id, handle.ctx.namespace)
     with ignoring(errno.ENOENT):
@@ -209,7 +209,7 @@ def _is_clone(handle: ImageHandle, snap_id: int, child: ChildImageSpec) -> bool:
     spec = ParentImageSpec(handle.ctx.pool_id, handle.ctx.namespace, handle.id, snap_id)
     with ignoring(errno.ENOENT):
         ctx = handle.store.open(child.pool_id, child.pool_namespace)
-        return load(ctx, child.image_id, read_only=True).parent == spec
+        return load(ctx, child.image_id, read_only=True).clone_of == spec
     return False
 
 
@@ -302,6 +302,8 @@ def rollback(handle: ImageHandle, snap_id: int, progress: Progress | None = None
     handle.require_no_other_owner()
     with handle.exclusive() as header:
         snap = by_id(header, snap_id)
+        if header.migrates:
+            raise OSError(errno.EBUSY, "the image migrates: it can be rolled back when that is done")
         if snap.size != header.size:
             resize(handle, snap.size)
         header = handle.header

@@ -48,11 +48,11 @@ def move(ctx: ObjectContext, name: str, delay: float = 0, source: int = ftr.SOUR
             move_to_trash(handle, source, delay)
 
 
-def restore(ctx: ObjectContext, image_id: str, name: str | None = None) -> None:
+def restore(ctx: ObjectContext, image_id: str, name: str | None = None, *, migration: bool = False) -> None:
     """Back under its old name or a new one. ENOENT: not in the trash; EEXIST; EINVAL: it is being removed. Called again
-    it goes on where it was cut short."""
+    it goes on where it was cut short. `migration`: one that went there because it migrates, and no other."""
     spec = cls.trash_get(ctx, image_id)
-    if spec.source in (ftr.SOURCE_REMOVING, ftr.SOURCE_MIGRATION):
+    if spec.source == ftr.SOURCE_REMOVING or (spec.source == ftr.SOURCE_MIGRATION) != migration:
         raise OSError(errno.EINVAL, f"image {image_id} is being removed")
     name = name or spec.name
     require_name(name)
@@ -100,7 +100,7 @@ def finish_removal(handle: ImageHandle, progress: Progress | None) -> None:
 
     ctx = handle.ctx
     trim(handle, 0, progress)
-    if handle.refresh().parent.exists:
+    if handle.refresh().clone_of.exists:
         detach(handle)
     has_map = handle.header.has(ft.OBJECT_MAP)
     handle.forget_map()
@@ -119,8 +119,19 @@ def purge(ctx: ObjectContext, before: float) -> None:
     for image_id, spec in cls.trash_list(ctx).items():
         if spec.source == ftr.SOURCE_REMOVING and leads_to(ctx, spec.name, image_id):
             continue
+        if _migrates(ctx, image_id, spec):
+            continue
         if cls.seconds(spec.deferment_end_time) < before:
             remove_from_trash(ctx, image_id, force=True)
+
+
+def _migrates(ctx: ObjectContext, image_id: str, spec: ftr.TrashImageSpec) -> bool:
+    """The source of a migration that is not committed: its destination still reads from it."""
+    if spec.source == ftr.SOURCE_MIGRATION:
+        with ignoring(errno.EINVAL, errno.ENOENT):
+            cls.migration(ctx, header_oid(image_id))
+            return True
+    return False
 
 
 def purge_to_free(ctx: ObjectContext, wanted: int) -> None:

@@ -219,9 +219,9 @@ class Image(ImageSnaps, ImageAio, ImageLocks, ImageMeta):
     def _parent(self) -> dict[str, Any]:
         handle = self.handle
         header = handle.header
-        if not header.overlap_at(handle.snap_id):
+        spec = header.clone_of  # of an image that migrates: what the migration goes around
+        if not (spec.exists if header.migrates else header.overlap_at(handle.snap_id)):
             raise OSError(2, "the image has no parent")
-        spec = header.parent
         ctx = handle.store.open(spec.pool_id, spec.pool_namespace)
         snap = cls.read_snapshots(ctx, f"rbd_header.{spec.image_id}", [spec.snap_id])[0]
         return {

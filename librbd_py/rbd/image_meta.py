@@ -9,6 +9,7 @@ from librbd_py.errors import rbd as exceptions
 from librbd_py.errors import rbd_errors
 from librbd_py.image import group, metadata
 from librbd_py.image.handle import ImageHandle
+from librbd_py.image.migration import records
 
 from .common import requires_not_closed, text
 from .iterators import ConfigImageIterator, MetadataIterator
@@ -85,7 +86,7 @@ class ImageMeta:
     @requires_not_closed
     def migration_source_spec(self) -> str:
         with rbd_errors("error retrieving migration source"):
-            raise OSError(errno.EINVAL, "the image is not migrating")
+            return records.source_spec(self.handle.ctx, self.handle.id)
 
     def _unsupported(self, what: str) -> NoReturn:
         raise exceptions.FunctionNotSupported(f"{what} is not supported", errno.ENOSYS)

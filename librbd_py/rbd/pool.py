@@ -25,11 +25,12 @@ from .defaults import Defaults
 from .groups import PoolGroups
 from .image import Image, options
 from .iterators import ConfigPoolIterator, ImageIterator, PoolMetadataIterator, TrashIterator, trash_row
+from .migrations import Migrations
 
 VERSION = (1, 16, 0)  # of the librbd whose behaviour this follows
 
 
-class RBD(PoolGroups):
+class RBD(PoolGroups, Migrations):
     """Calls that need no open image."""
 
     def version(self) -> tuple[int, int, int]:
@@ -316,12 +317,7 @@ def _refuse(name: str) -> Any:
 
 
 for _name in (
-    "migration_abort",
-    "migration_commit",
-    "migration_execute",
-    "migration_prepare",
     "migration_prepare_import",
-    "migration_status",
     "mirror_image_info_list",
     "mirror_image_instance_id_list",
     "mirror_image_status_list",

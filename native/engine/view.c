@@ -19,7 +19,7 @@ static int check(const rbdn_view_config *c)
         return -EINVAL;
     if (!c->parent)
         return c->overlap ? -EINVAL : 0;
-    if (c->parent->snap_id == STORE_NOSNAP || c->overlap > c->parent->size || c->overlap > c->size)
+    if (!c->parent->read_only || c->overlap > c->parent->size || c->overlap > c->size)
         return -EINVAL;
     return c->parent->depth + 1 > VIEW_DEPTH_MAX ? -ELOOP : 0;
 }

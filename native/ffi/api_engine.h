@@ -22,7 +22,7 @@ typedef struct {
     uint32_t snap_count;
     int read_only;          /* writes fail with -EROFS */
     int need_lock;          /* writes park and EVENT_LOCK_NEEDED is posted until a view without it is published */
-    rbdn_view *parent;      /* NULL or a view with snap_id set */
+    rbdn_view *parent;      /* NULL or a view that is read only: at a snapshot, or at a HEAD that nobody changes */
     uint64_t overlap;       /* bytes of the parent seen through this view */
     uint64_t discard_granularity; /* bytes; 0 = none. Ceph's default 65536 */
 } rbdn_view_config;
