@@ -13,7 +13,7 @@ PACKAGES_BUILD := gcc libc6-dev python3-dev python3-venv
 PACKAGES_BOOT := $(PACKAGES_BUILD) qemu-system-x86 qemu-utils seabios ipxe-qemu busybox-static mtools dosfstools \
 	syslinux syslinux-common
 PACKAGES_CEPH := ceph-mon ceph-osd librados2
-PACKAGES_TEST := $(PACKAGES_BOOT) $(PACKAGES_CEPH) ceph-mgr qemu-system-common qemu-block-extra nbdkit libnbd-bin libnbd0 \
+PACKAGES_TEST := $(PACKAGES_BOOT) $(PACKAGES_CEPH) ceph-mgr radosgw openssl qemu-system-common qemu-block-extra nbdkit libnbd-bin libnbd0 \
 	python3-libnbd fio clang-14 libclang-rt-14-dev e2fsprogs xfsprogs mount util-linux python3-rados python3-rbd ceph-common iproute2 \
 	sqlite3 gdb libvirt-daemon-system libvirt-clients libvirt-dev pkg-config
 NATIVE := $(wildcard native/*/*.c native/*/*.h native/ffi/build.py)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from librbd_py.devcluster import DevCluster, Options, scratch
+from librbd_py.devcluster import DevCluster, Options, S3Access, scratch
 from librbd_py.devcluster.admin import Admin
 
 _numbers = itertools.count(1)
@@ -61,6 +61,17 @@ def ended(cluster: DevCluster) -> list[str]:
 def ceph_conf(ceph_cluster: DevCluster) -> str:
     """The path of its ceph.conf."""
     return ceph_cluster.conf
+
+
+@pytest.fixture(scope="session")
+def s3_server(ceph_cluster: DevCluster) -> Iterator[S3Access]:
+    """A real S3 server: radosgw on the cluster of this run, or on one of its own beside somebody else's. Each module
+    has a bucket of its own."""
+    if isinstance(ceph_cluster, Existing):
+        with scratch(Options(auth="cephx")) as cluster:
+            yield cluster.start_s3()
+    else:
+        yield ceph_cluster.start_s3()
 
 
 @pytest.fixture

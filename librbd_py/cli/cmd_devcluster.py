@@ -27,6 +27,7 @@ def with_cluster(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", type=int, default=0, help="copies of each object [default: one per OSD, up to 3]")
     parser.add_argument("--mgr", action="store_true", help="start a manager too: quotas and statistics need it")
+    parser.add_argument("--s3", action="store_true", help="start an S3 gateway (radosgw) with a user too; with cephx")
     parser.add_argument("--new-pool", action="append", metavar="NAME", help="pool to make; may repeat [default: rbd]")
 
 
@@ -45,16 +46,19 @@ def start(session: Session) -> None:
     try:
         options = devcluster.Options(
             osds=given.osds,
-            auth=given.auth,
+            auth="cephx" if given.s3 else given.auth,
             objectstore=given.objectstore,
             size=given.size,
             mgr=given.mgr,
             pools=tuple(given.new_pool or ("rbd",)),
         )
         cluster.start(options)
+        access = cluster.start_s3() if given.s3 else None
     except OSError as error:
         raise _failed("start", error) from None
     print(f"--store {cluster.url}")
+    for name, value in access.environment.items() if access else ():
+        print(f"export {name}={value}")
 
 
 @command("devcluster stop", "Stop the scratch Ceph cluster and remove all it held.", with_dir)

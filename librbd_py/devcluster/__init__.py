@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from .cluster import DevCluster, Status
 from .faults import Faults
+from .gateway import S3Access
 from .options import Options
 from .scratch import scratch
 
-__all__ = ["DevCluster", "Faults", "Options", "Status", "scratch"]
+__all__ = ["DevCluster", "Faults", "Options", "S3Access", "Status", "scratch"]

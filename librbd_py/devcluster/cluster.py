@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import ports, programs
+from . import gateway, ports, programs
 from .faults import Faults
 from .options import MGR, MON, Options, configuration, keyring, mon_address, new_key
 from .processes import Daemon
@@ -84,7 +84,19 @@ class DevCluster:
     def status(self) -> Status:
         """ENOENT, EINVAL as options()."""
         options = self.options()
-        return Status(self.folder, self.url, options, {name: self.daemon(name).state for name in options.daemons})
+        names = [*options.daemons, *([gateway.NAME] if self.s3 else [])]
+        return Status(self.folder, self.url, options, {name: self.daemon(name).state for name in names})
+
+    # --- S3
+
+    @property
+    def s3(self) -> gateway.S3Access | None:
+        """Its S3 gateway; None: it has none."""
+        return gateway.access(self)
+
+    def start_s3(self) -> gateway.S3Access:
+        """Starts one, or starts it again; what gateway.start() raises."""
+        return gateway.start(self)
 
     # --- start
 
@@ -255,5 +267,5 @@ class DevCluster:
 
     def _end_all(self, options: Options) -> None:
         """SIGKILL: on SIGTERM an OSD first waits five seconds for its monitor."""
-        for name in reversed(options.daemons):
+        for name in (gateway.NAME, *reversed(options.daemons)):
             self.daemon(name).kill()

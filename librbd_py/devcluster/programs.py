@@ -6,7 +6,8 @@ import errno
 import os
 import shutil
 
-PACKAGES = {"ceph-mon": "ceph-mon", "ceph-osd": "ceph-osd", "ceph-mgr": "ceph-mgr", "monmaptool": "ceph-base"}
+PACKAGES = {"ceph-mon": "ceph-mon", "ceph-osd": "ceph-osd", "ceph-mgr": "ceph-mgr", "monmaptool": "ceph-base",
+            "radosgw": "radosgw", "radosgw-admin": "ceph-common"}  # fmt: skip
 ALSO_IN = "/usr/sbin:/usr/local/sbin:/sbin"  # not in every user's PATH
 
 
