@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qemu_glue.accel import QEMU, cpu_of
+from qemu_glue.accel import QEMU, cpu_of, memory_of
 from qemu_glue.qmp.disks import nbd_node, raw_node
 
 AGENT_PORT = "org.qemu.guest_agent.0"
@@ -77,7 +77,8 @@ class Guest:
     ) -> None:
         """`ports`: free root ports for disks to come. `agent`: the socket of a guest agent's port, made by QEMU."""
         command = [QEMU, "-accel", accel, "-machine", "q35,memory-backend=ram", "-cpu", cpu_of(accel)]
-        command += ["-m", str(memory_mib), "-object", f"memory-backend-memfd,id=ram,size={memory_mib}M,share=on"]
+        memory = memory_of(memory_mib, accel)
+        command += ["-m", memory, "-object", f"memory-backend-memfd,id=ram,size={memory},share=on"]
         command += ["-smp", str(cpus), "-display", "none", "-nodefaults", "-no-user-config"]
         command += ["-no-reboot", "-serial", "stdio"]
         for number, disk in enumerate(disks):

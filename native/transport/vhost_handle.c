@@ -178,8 +178,19 @@ static enum handled rem_mem_reg(struct vhost_session *s, struct vu_msg *m)
 
 /* ---- dirty log ---- */
 
+/* QEMU starts rings first and sends its log afterwards when they start in the middle of a migration: after a reset of the
+ * guest, or when our predecessor died, whose log QEMU has thrown away without reading it to the end. What was written
+ * since it last read one nobody knows. */
+static void log_what_was_not(struct vhost_session *s)
+{
+    if (s->unlogged)
+        dirty_log_mark_all(s->log, s->mem);
+    s->unlogged = false;
+}
+
 static void log_switched(struct vhost_session *s)
 {
+    log_what_was_not(s);
     if (reply_u64(s, 0) == REPLIED)
         session_read_on(s);
     else
@@ -203,6 +214,7 @@ static enum handled set_log_base(struct vhost_session *s, struct vu_msg *m)
         return WAITING;
     dirty_log_put(s->old_log);
     s->old_log = NULL;
+    log_what_was_not(s);
     return reply_u64(s, 0);
 }
 

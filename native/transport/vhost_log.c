@@ -56,3 +56,16 @@ void dirty_log_mark_host(struct dirty_log *l, const struct guest_memory *m, cons
         len -= part;
     }
 }
+
+void dirty_log_mark_all(struct dirty_log *l, const struct guest_memory *m)
+{
+    for (unsigned n = 0; m && n < m->count; n++) {
+        uint64_t page = m->ranges[n].guest / DIRTY_PAGE, end = (m->ranges[n].guest + m->ranges[n].size - 1) / DIRTY_PAGE + 1;
+        for (; page < end && page % 8; page++)
+            dirty_log_mark(l, page * DIRTY_PAGE, 1);
+        for (; end - page >= 8 && page / 8 < l->shm.len; page += 8) /* a terabyte has 32 MiB of them */
+            atomic_store_explicit((_Atomic uint8_t *)l->shm.base + page / 8, 0xff, memory_order_release);
+        for (; page < end; page++)
+            dirty_log_mark(l, page * DIRTY_PAGE, 1);
+    }
+}

@@ -22,6 +22,7 @@ void dirty_log_put(struct dirty_log *); /* NULL is fine */
  * was checked against the memory when it was set, so they can only be addresses a hostile front end made up. */
 void dirty_log_mark(struct dirty_log *, uint64_t guest, uint64_t len);
 void dirty_log_mark_host(struct dirty_log *, const struct guest_memory *, const void *host, uint64_t len);
+void dirty_log_mark_all(struct dirty_log *, const struct guest_memory *); /* NULL memory: nothing */
 static inline bool dirty_log_covers(const struct dirty_log *l, uint64_t guest_end)
 {
     return guest_end == 0 || (guest_end - 1) / DIRTY_PAGE / 8 < l->shm.len;

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "transport/vhost_call.h"
+#include "transport/vhost_order.h"
 
 /* Finished in one drain: tell the guest, which needs 25 us to wake and may work on while we go on. Sooner would only be
  * more signals: with 16 KiB writes are slower again. */
@@ -20,9 +21,9 @@ struct slot {
     struct blk_request blk;
     struct vhost_queue *queue;
     struct slot *next;        /* in the list of completions from other threads */
-    struct guest_memory *mem; /* the table its buffers were found in */
+    struct guest_memory *mem; /* the table its buffers were found in; NULL = done */
     uint16_t head;
-    bool busy;
+    bool busy;                /* from being read to being shown as used */
 } __attribute__((aligned(64)));
 
 struct vhost_queue {
@@ -33,6 +34,7 @@ struct vhost_queue {
     struct iovec *wide;   /* iov_max entries a head, for chains longer than a slot's own; touched when needed */
     unsigned iov_max;
     unsigned in_flight;
+    struct publish_order order;
     bool reading;  /* started, enabled, not broken, not stopped */
     bool broken, abandoned, polling;
     unsigned losses; /* shm_losses() when last looked at */
@@ -74,6 +76,18 @@ static void log_request(struct vhost_queue *q, const struct slot *s)
         dirty_log_mark_host(q->ring.log, s->mem, s->blk.status, 1);
 }
 
+static inline void show(struct vhost_queue *q, uint16_t head, uint32_t written)
+{
+    ring_push(&q->ring, head, written);
+    q->slots[head].busy = false;
+}
+
+static void show_in_order(struct vhost_queue *q)
+{
+    for (int head; (head = order_next(&q->order)) >= 0;)
+        show(q, (uint16_t)head, q->order.slots[head].written);
+}
+
 /* On the queue's reactor. The caller publishes. */
 static inline void finish(struct vhost_queue *q, struct slot *s, uint8_t status)
 {
@@ -85,11 +99,16 @@ static inline void finish(struct vhost_queue *q, struct slot *s, uint8_t status)
         }
         if (__builtin_expect(q->ring.log != NULL, 0))
             log_request(q, s);
-        ring_push(&q->ring, s->head, written);
+        if (__builtin_expect(q->order.on, 0)) {
+            order_done(&q->order, s->head, written);
+            show_in_order(q);
+        } else {
+            show(q, s->head, written);
+        }
     }
     if (__builtin_expect(s->mem != q->ring.mem, 0))
         guest_memory_put(s->mem); /* counted when the queue's memory was changed */
-    s->busy = false;
+    s->mem = NULL;
     q->in_flight--;
 }
 
@@ -219,6 +238,7 @@ static int begin(struct vhost_queue *q, uint16_t head, bool again)
         return rc;
     if (!again)
         ring_track(&q->ring, head);
+    order_read(&q->order, head);
     s->busy = true;
     s->mem = q->ring.mem;
     q->in_flight++;
@@ -327,9 +347,27 @@ static void watch_kick(struct vhost_queue *q)
     }
 }
 
+static void set_order(struct vhost_queue *q, bool on)
+{
+    if (on == q->order.on)
+        return;
+    if (!on) {
+        order_end(&q->order);
+        if (!q->abandoned)
+            show_in_order(q);
+        return;
+    }
+    uint16_t pending[RING_SIZE_MAX], count = 0;
+    for (uint16_t n = 0; n < q->ring.num; n++)
+        if (q->slots[n].busy)
+            pending[count++] = n;
+    order_begin(&q->order, pending, count);
+}
+
 static void take_config(struct vhost_queue *q)
 {
     const struct ring_config *c = q->config;
+    set_order(q, c->log != NULL);
     q->ring.log = c->log;
     q->ring.log_used = c->log_used;
     q->ring.log_addr = c->log_addr;
@@ -394,6 +432,7 @@ static void update(struct vhost_queue *q)
     take_config(q);
     if (q->abandoned)
         return;
+    publish(q); /* what had waited for its turn */
     if (q->config->mem != q->ring.mem)
         change_memory(q);
     if (q->broken)
@@ -463,9 +502,10 @@ struct vhost_queue *vhost_queue_new(struct export *e, struct blk_device *d, unsi
     q->wide_bytes = (size_t)c->num * q->iov_max * sizeof(struct iovec);
     q->wide = mmap(NULL, q->wide_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     q->slots = aligned_alloc(64, c->num * sizeof *q->slots);
+    int no_order = order_init(&q->order, c->num);
     q->heads = malloc(c->num * sizeof *q->heads);
     q->reactor = reactor_pick();
-    if (q->wide == MAP_FAILED || !q->slots || !q->heads || !q->reactor) {
+    if (q->wide == MAP_FAILED || !q->slots || no_order || !q->heads || !q->reactor) {
         vhost_queue_free(q);
         return NULL;
     }
@@ -498,6 +538,7 @@ void vhost_queue_free(struct vhost_queue *q)
     if (q->reactor)
         reactor_release(q->reactor);
     vhost_call_set(&q->call, -1);
+    order_free(&q->order);
     free(q->slots);
     free(q->heads);
     free(q);

@@ -5,6 +5,8 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include <linux/vhost_types.h>
+
 #include "engine/event.h"
 
 #define MESSAGES_AT_ONCE 16 /* then others get their turn on the reactor */
@@ -165,6 +167,7 @@ int session_start_ready(struct vhost_session *s, void (*then)(struct vhost_sessi
     }
     if (count == 0)
         return 0;
+    s->unlogged |= s->features >> VHOST_F_LOG_ALL & 1;
     if (!running) {
         event_post(EVENT_EXPORT_RINGS, e->base.id, e->switched ? e->switchovers : 0);
         e->switched = false;

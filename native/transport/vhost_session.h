@@ -58,6 +58,7 @@ struct vhost_session {
     unsigned region_count;
     struct guest_memory *mem;
     struct dirty_log *log;
+    bool unlogged; /* rings were started that should have been logged from the start, and the log is still to come */
     struct shm inflight;
     int backend; /* socket for our own messages; -1 = none */
 

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from librbd_py.devcluster.processes import Daemon
-from qemu_glue.accel import QEMU, accelerator, cpu_of
+from qemu_glue.accel import QEMU, accelerator, cpu_of, memory_of
 from qemu_glue.guest import AGENT_PORT, comma
 from qemu_glue.qmp import Machine, MachineError
 from qemu_glue.qmp.connection import Connection
@@ -50,8 +50,9 @@ def command(spec: VMSpec, place: Path, sockets: dict[str, str], incoming: bool) 
     """`sockets`: the disks', by target. It starts stopped."""
     words = [program(), "-name", f"guest={comma(spec.name)}", "-uuid", spec.uuid, "-S"]
     words += ["-accel", spec.accel, "-machine", f"{spec.machine},memory-backend=ram", "-cpu", cpu_of(spec.accel)]
-    words += ["-m", str(spec.memory), "-smp", str(spec.cpus)]
-    words += ["-object", f"memory-backend-memfd,id=ram,size={spec.memory}M,share=on"]
+    memory = memory_of(spec.memory, spec.accel)
+    words += ["-m", memory, "-smp", str(spec.cpus)]
+    words += ["-object", f"memory-backend-memfd,id=ram,size={memory},share=on"]
     words += ["-display", "none", "-nodefaults", "-no-user-config"]
     for name in ("control", "qmp"):
         words += ["-qmp", f"unix:{comma(str(place / name))}.sock,server=on,wait=off"]
