@@ -56,6 +56,7 @@ class HandOffData:
         self.key: str | None = None  # an Offer waits for its answer
         self.offer: Offer | None = None  # made, or tried; until the lock is ours again for good
         self.record: Locker | None = None  # ours in the lock while offered
+        self.doubtful = False  # OFFERED, but the store did not say so
         self.mark = ""  # of our locker in the lock while we own it: not empty after taking an offer
         self.standby: le.StandBy | None = None
         self.attempts = 0
@@ -119,6 +120,7 @@ def _offered(m: LockMachine) -> None:
 def _rest_offered(m: LockMachine, code: int) -> None:
     """In OFFERED, perhaps: does what came up meanwhile."""
     m._go(S.OFFERED)
+    m.hand.doubtful = code != 0
     answer_offer(m, code)
     if m.stopping or m._release:
         m._withdraw()
@@ -227,7 +229,7 @@ def retract_looked(m: LockMachine, done: Done) -> None:
         offer = Offer.parse(owner.mark) if owner is not None else None
         if offer is not None and offer.meant_for(m.hand.offer.key) and m.handle_now is not None and m.wanted:
             m.hand.offer = m.hand.record = None
-            take_offer(m, owner, offer)  # it was taken, and the VM comes home already
+            take(m, owner, offer.taken)  # it was taken, and the VM comes home already
         else:
             _not_back(m, errno.ESTALE)
 
@@ -240,6 +242,13 @@ def _not_back(m: LockMachine, code: int) -> None:
         m._settle()
     else:
         m._go(S.OFFERED)
+        m.hand.doubtful = True
+
+
+def doubt(m: LockMachine) -> None:
+    """A peer asks: perhaps it waits for what is offered to nobody. When nothing is, the lock is ours as before."""
+    if m.state is S.OFFERED and m.hand.doubtful:
+        m._do(S.OFFER_LOOKING, le.Look)
 
 
 # --- destination -------------------------------------------------------------------------------------------------
@@ -318,18 +327,13 @@ def overtaken(m: LockMachine) -> bool:
     return standby is not None and standby.owner is not None and not standby.left
 
 
-def broke(m: LockMachine) -> None:
-    """The lock of the owner that we expected is free by our own doing."""
-    if m.hand.standby is not None and m.hand.standby.owner is not None:
-        m.hand.standby = replace(m.hand.standby, left=True)
-
-
-def take_offer(m: LockMachine, owner: Locker, offer: Offer) -> None:
+def take(m: LockMachine, owner: Locker, mark: str) -> None:
+    """Puts us in the place of an owner that offers the lock, or is fenced."""
     assert m.handle_now is not None
     m.cookie = cookie = auto_cookie(m.handle_now)
     m._mine.add(cookie)
-    m.hand.mark = offer.taken
-    m._do(S.TAKING, lambda op: le.TakeOffer(op, cookie, owner, offer.taken))
+    m.hand.mark = mark
+    m._do(S.TAKING, lambda op: le.TakeOffer(op, cookie, owner, mark))
 
 
 def taking_done(m: LockMachine, done: Done) -> None:

@@ -81,13 +81,13 @@ NEXT: dict[LockState, frozenset[LockState]] = {
     S.UNLOCKED: frozenset({S.NO_WATCH, S.LOOKING, S.RETRACT_LOOKING, S.STOPPED}),
     S.NO_WATCH: frozenset({S.LOOKING, S.RETRACT_LOOKING, S.UNLOCKED, S.STOPPED}),
     S.LOOKING: frozenset(
-        {S.LOCKING, S.TAKING, S.RETRACTING, S.CHECKING, S.RELOOKING, S.WAITING, S.POST_ACQUIRING, S.UNLOCKING}
-        | {S.NO_WATCH, S.UNLOCKED, S.STOPPED}
+        {S.LOOKING, S.LOCKING, S.TAKING, S.RETRACTING, S.CHECKING, S.RELOOKING, S.WAITING, S.POST_ACQUIRING}
+        | {S.UNLOCKING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}
     ),
     S.LOCKING: frozenset({S.POST_ACQUIRING, S.UNLOCKING, S.LOOKING, S.WAITING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
     S.CHECKING: frozenset({S.ASKING, S.RELOOKING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
     S.RELOOKING: frozenset({S.BLOCKLISTING, S.LOOKING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
-    S.BLOCKLISTING: frozenset({S.BREAKING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
+    S.BLOCKLISTING: frozenset({S.BREAKING, S.TAKING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
     S.BREAKING: frozenset({S.LOOKING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
     S.ASKING: frozenset({S.WAITING, S.LOOKING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
     S.WAITING: frozenset({S.LOOKING, S.NO_WATCH, S.UNLOCKED, S.STOPPED}),
@@ -370,6 +370,7 @@ class LockMachine:
             self._out.append(Reply(None))
         elif self.state in HANDING or self.hand.key is not None:
             self._out.append(Reply(errno.EAGAIN))
+            handoff.doubt(self)
         elif giving_up or self.state is S.QUIESCING:
             self._out.append(Reply(self.kept))
             self._for_peer = True
@@ -409,6 +410,9 @@ class LockMachine:
             self._refuse(done.errno)
             return
         assert self.handle_now is not None
+        if self._news and self.hand.standby is not None and self.hand.standby.strange:
+            self._look()  # what was read may be older than the stranger we heard of
+            return
         self._seen = done.value
         owner = self._seen.owner
         self.cookie = None
@@ -423,7 +427,7 @@ class LockMachine:
         elif isinstance(verdict, int):
             self._refuse(verdict)
         elif verdict is not None and owner is not None:
-            handoff.take_offer(self, owner, verdict)
+            handoff.take(self, owner, verdict.taken)
         elif owner is None:
             self.hand.mark = ""
             self._mine.add(cookie)
@@ -518,14 +522,15 @@ class LockMachine:
             return
         owner = self._seen.owner
         assert owner is not None
-        self._do(S.BREAKING, lambda op: Break(op, owner))
+        if self.hand.standby is not None:
+            handoff.take(self, owner, "")  # in its place, so that nobody comes in between
+        else:
+            self._do(S.BREAKING, lambda op: Break(op, owner))
 
     def _broken(self, done: Done) -> None:
         if done.errno not in (0, errno.ENOENT):
             self._refuse(done.errno)
         else:
-            if done.errno == 0:
-                handoff.broke(self)
             self._look()
 
     def _asked_owner(self, done: Done) -> None:

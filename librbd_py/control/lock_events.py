@@ -58,7 +58,7 @@ class LockState(Enum):
     OFFERED = auto()
     RETRACTING = auto()  # the VM stays here after all
     RETRACT_LOOKING = auto()
-    TAKING = auto()  # taking what was offered to us
+    TAKING = auto()  # taking what was offered to us, or what a dead owner left when we came for its VM
     FENCED = auto()
     STOPPED = auto()
 

@@ -407,6 +407,9 @@ class World:
     def _operate(self, client: Client, action: le.Action) -> None:
         """The request reaches the store, takes effect there, and the answer comes back or is lost."""
         op: int = action.op  # type: ignore[union-attr]
+        takes = isinstance(action, le.TakeOffer) and Offer.parse(action.owner.mark) is not None
+        if takes and not (client.moves or client.lock.heir):
+            raise Violation(f"{client} takes what is offered to a VM")
 
         def at_store() -> None:
             if client.alive:
@@ -474,9 +477,9 @@ class World:
                 if self.owner != owner:
                     return errno.ECANCELED, None
                 offer = Offer.parse(owner.mark)
-                if not (client.moves or client.lock.heir):
-                    raise Violation(f"{client} takes what {owner} offers to a VM")
-                if offer is None or self.offered_at[offer.nonce] != len(self.owners):
+                if offer is None and owner.address not in self.blocklist:
+                    raise Violation(f"client {client.gid} takes the lock of {owner}, which is not fenced")
+                if offer is not None and self.offered_at[offer.nonce] != len(self.owners):
                     raise Violation(f"client {client.gid} takes what {owner} does not offer any more")
                 self._owned(le.Locker(client.gid, cookie, client.address, mark))
                 return 0, None

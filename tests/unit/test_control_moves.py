@@ -105,13 +105,53 @@ def test_who_was_asked_gave_the_lock_to_somebody_else() -> None:
     assert isinstance(ask, le.Ask) and isinstance(d.done(ask, le.Answer(0)), le.Sleep)
     look = d.step(le.PeerAcquired(8, 8))
     assert d.done(look, le.LockView(stranger)) == le.Refused(errno.ESTALE)
-    look = d.step(le.TakeOver())  # and when that one has let it go
     d.machine.handle(le.PeerReleased(8))
     d.machine.handle(le.PeerReleased(7))  # late
+    look = d.step(le.TakeOver())
     for _ in range(handoff.LEAVE_ATTEMPTS):
         look = d.done(d.done(look, le.LockView()))
     assert d.done(look, le.LockView()) == le.Refused(errno.ESTALE)
     assert isinstance(d.step(le.TakeOver(force=True)), le.Look)
+
+
+def test_who_expects_a_dead_owner_takes_its_place_at_once() -> None:
+    """Broken and locked again there would be a moment for somebody else."""
+    source = le.Locker(7, "auto 7", "10.0.0.7:0/1")
+    d = Driver()
+    d.machine.handle(le.StandBy("uuid:1", source))
+    relook = d.done(d.done(d.step(le.TakeOver()), le.LockView(source)), False)
+    assert isinstance(relook, le.Look)
+    fence = d.done(relook, le.LockView(source))
+    assert isinstance(fence, le.Blocklist)
+    take = d.done(fence)
+    assert isinstance(take, le.TakeOffer) and take.owner == source
+    assert isinstance(d.done(take, code=errno.ECANCELED), le.Look)  # or somebody was faster
+
+
+def test_a_view_older_than_the_stranger_proves_nothing() -> None:
+    source = le.Locker(7, "auto 7", "10.0.0.7:0/1")
+    d = Driver()
+    d.machine.handle(le.StandBy("uuid:1", source))
+    look = d.step(le.TakeOver())
+    d.machine.handle(le.PeerAcquired(8, 8))
+    look = d.done(look, le.LockView(source))
+    assert isinstance(look, le.Look)
+    assert isinstance(d.done(look, le.LockView(source)), le.CheckOwner)  # it has come back
+
+
+def test_an_offer_in_doubt_does_not_keep_who_asks_waiting() -> None:
+    """Nothing was offered, nobody here knows, and the one who asks would wait for ever."""
+    d = Driver()
+    d.done(d.done(d.done(d.step(le.Acquire()), le.LockView())))
+    mark = d.done(d.step(le.Offer("uuid:1")))
+    assert d.done(d.done(mark, code=errno.ETIMEDOUT), code=errno.ETIMEDOUT) == le.Offered(errno.ETIMEDOUT)
+    assert d.machine.offered
+    again, look = d.machine.handle(le.PeerRequested(9, 9))
+    assert again == le.Reply(errno.EAGAIN)
+    ready = d.done(look, le.LockView(le.Locker(4100, "auto 5", "10.0.0.1:0/1")))
+    d.done(ready)
+    assert d.machine.owning
+    assert le.Reply(0) in d.machine.handle(le.PeerRequested(9, 9))
 
 
 def test_requests_go_on_while_the_cookie_is_renewed() -> None:
