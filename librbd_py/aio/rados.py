@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from librbd_py import rados as face
 from librbd_py.errors import rados_errors
+from librbd_py.format.values import dataclass, field
 from librbd_py.store.api import ObjectContext
 from librbd_py.store.api import Watch as StoreWatch
 

@@ -5,7 +5,6 @@ Source of the layouts: output of `rbd` 16.2.15, compared by tests/interop.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -70,6 +69,8 @@ class Rows(list[Any]):
 def structured(value: Section | Rows, layout: str, pretty: bool) -> str:
     """`layout` "json" or "xml", with the newline `rbd` ends it with."""
     if layout == "json":
+        import json
+
         if pretty:
             return json.dumps(value, indent=4, ensure_ascii=False) + "\n"
         return json.dumps(value, separators=(",", ":"), ensure_ascii=False) + "\n"

@@ -21,9 +21,9 @@ __all__ = ["Failure", "Session", "Spec", "code_of", "failing", "failures", "pars
 DEFAULT_POOL = "rbd"
 
 # How strictly names are checked: what makes one is strict, what only looks one up is not.
-_LOOSE = re.compile(r"(?:([^/]+)/(?:([^/@]+)/)?)?([^@]+)(?:@(.+))?", re.DOTALL)
-_SNAP = re.compile(r"(?:([^/]+)/(?:([^/@]+)/)?)?([^@]+)(?:@([^/@]+))?", re.DOTALL)
-_FULL = re.compile(r"(?:([^/@]+)/(?:([^/@]+)/)?)?([^/@]+)(?:@([^/@]+))?", re.DOTALL)
+_LOOSE = r"(?:([^/]+)/(?:([^/@]+)/)?)?([^@]+)(?:@(.+))?"
+_SNAP = r"(?:([^/]+)/(?:([^/@]+)/)?)?([^@]+)(?:@([^/@]+))?"
+_FULL = r"(?:([^/@]+)/(?:([^/@]+)/)?)?([^/@]+)(?:@([^/@]+))?"
 _CHECKS = {"loose": _LOOSE, "snap": _SNAP, "full": _FULL}
 
 
@@ -42,7 +42,7 @@ class Spec(NamedTuple):
 
 def parse_spec(text: str, check: str = "loose") -> Spec:
     """Failure (22) for a malformed one."""
-    match = _CHECKS[check].fullmatch(text)
+    match = re.fullmatch(_CHECKS[check], text, re.DOTALL)
     if not match:
         raise Failure(f"rbd: invalid spec '{text}'", 22)
     return Spec(match[1] or "", match[2] or "", match[3], match[4] or "")

@@ -30,12 +30,12 @@ somebody acquired the lock.
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from librbd_py.control import lock_events as le
 from librbd_py.control.lock_events import Done, Locker, LockState
 from librbd_py.format.lock import Offer, auto_cookie
+from librbd_py.format.values import replace
 
 if TYPE_CHECKING:
     from librbd_py.control.lock import LockMachine

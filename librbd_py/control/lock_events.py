@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
+
+from librbd_py.format.values import dataclass
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
+
+from librbd_py.format.values import dataclass
 
 BACKOFF_SECONDS = (0.1, 30.0)  # first and longest wait between attempts to register
 FINAL = frozenset({errno.ESHUTDOWN, errno.ENOENT})

@@ -10,8 +10,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
+
+from librbd_py.format.values import dataclass
 
 T = TypeVar("T")
 K = TypeVar("K")

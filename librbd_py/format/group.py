@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from librbd_py.format.values import dataclass
 
 from .encoding import Decoder, Encoder
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import struct
-from dataclasses import dataclass, field
 from functools import lru_cache
+
+from librbd_py.format.values import dataclass, field
 
 from .encoding import NEVER, DecodeError, Decoder, Encoder, Time
 

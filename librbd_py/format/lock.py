@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, field
+
+from librbd_py.format.values import dataclass, field
 
 from .encoding import NEVER, DecodeError, Decoder, EncodeError, Encoder, Time
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
-from dataclasses import dataclass
+
+from librbd_py.format.values import dataclass
 
 DIRECTORY = "rbd_directory"
 CHILDREN = "rbd_children"
@@ -32,7 +33,7 @@ def check_id(image_id: str) -> str:
 
 def make_id(gid: int) -> str:
     """A new image (or group) id: the client's global id and 32 random bits, in hex, at most 14 characters."""
-    return f"{gid:x}{secrets.randbits(32):x}"[-14:]
+    return f"{gid:x}{int.from_bytes(os.urandom(4)):x}"[-14:]
 
 
 def header(image_id: str) -> str:

@@ -7,8 +7,9 @@ speaks version 2): a request id then decodes as None. Unknown ops are kept as `U
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from librbd_py.format.values import dataclass
 
 from .encoding import DecodeError, Decoder, EncodeError, Encoder
 from .header import USER, SnapshotNamespace, decode_namespace, encode_namespace

@@ -13,8 +13,9 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
+
+from librbd_py.format.values import dataclass
 
 DIFF_V1 = b"rbd diff v1\n"
 DIFF_V2 = b"rbd diff v2\n"

@@ -10,8 +10,9 @@ the image, so sizes and counts are bounded, and nothing in them is believed that
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
+
+from librbd_py.format.values import dataclass, field
 
 from .encoding import DecodeError, Decoder, Encoder
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 from librbd_py.format import features as ft
 from librbd_py.format import header as fh
 from librbd_py.format import names
 from librbd_py.format.header import ChildImageSpec, ParentImageSpec
+from librbd_py.format.values import dataclass, replace
 from librbd_py.store.api import ObjectContext
 
 from . import cls

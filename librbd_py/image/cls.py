@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
@@ -15,6 +14,7 @@ from librbd_py.format import header as fh
 from librbd_py.format import names
 from librbd_py.format.encoding import Decoder, Encoder, Time
 from librbd_py.format.trash import SOURCE_REMOVING, TrashImageSpec
+from librbd_py.format.values import dataclass
 from librbd_py.store.api import NOSNAP, Create, Exec, ObjectContext, OmapGetByKeys, OmapGetVals, SnapContext, Version
 
 T = TypeVar("T")

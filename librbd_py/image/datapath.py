@@ -14,10 +14,10 @@ import select
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from librbd_py.format.values import dataclass
 from librbd_py.native import check, ffi, lib
 
 from .events import EVENTS, IO_ERROR, LOCK_NEEDED, LOST, READ_ERROR

@@ -8,13 +8,13 @@ import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from librbd_py.format import features as ft
 from librbd_py.format import names
 from librbd_py.format import notify as nf
 from librbd_py.format import object_map as fm
 from librbd_py.format import trash as ftr
+from librbd_py.format.values import dataclass
 from librbd_py.store.api import Create, ListWatchers, ObjectContext, WriteFull
 
 from . import cls, object_map

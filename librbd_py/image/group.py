@@ -9,13 +9,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 
 from librbd_py.format import group as fg
 from librbd_py.format import header as fh
 from librbd_py.format import names
 from librbd_py.format.encoding import Decoder, Encoder
 from librbd_py.format.group import GroupImageSpec, GroupImageStatus, GroupSnapshot, GroupSpec, ImageSnapshotSpec
+from librbd_py.format.values import dataclass, replace
 from librbd_py.store.api import Create, ObjectContext
 
 from . import cls, snapshots

@@ -12,12 +12,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
 
 from librbd_py.control import wire
 from librbd_py.control.driver import HeaderControl
 from librbd_py.control.pool import control_pool
 from librbd_py.format import features as ft
+from librbd_py.format.values import replace
 from librbd_py.native import check, lib
 from librbd_py.store.api import NOSNAP, ObjectContext
 

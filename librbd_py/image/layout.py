@@ -7,8 +7,9 @@ An image is cut into stripe units; `stripe_count` of them side by side are a str
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from librbd_py.format.values import dataclass
 
 
 class Extent(NamedTuple):

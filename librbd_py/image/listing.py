@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 from librbd_py.format import features as ft
 from librbd_py.format import header as fh
 from librbd_py.format import lock as fl
 from librbd_py.format.encoding import Decoder
+from librbd_py.format.values import dataclass, field
 from librbd_py.store.api import GetXattrs, ObjectContext, OmapGetVals
 from librbd_py.store.rados import RadosStore
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import re
-from dataclasses import dataclass
 
 from librbd_py.format import features as ft
 from librbd_py.format import lock as fl
+from librbd_py.format.values import dataclass
 from librbd_py.store.api import NOSNAP, ListWatchers, WatcherInfo
 
 from .handle import ImageHandle

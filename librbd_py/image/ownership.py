@@ -11,7 +11,6 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 
 from librbd_py.control import wire
@@ -20,6 +19,7 @@ from librbd_py.format import features as ft
 from librbd_py.format import lock as fl
 from librbd_py.format import notify as nf
 from librbd_py.format.encoding import DecodeError
+from librbd_py.format.values import dataclass
 from librbd_py.format.who import Answer
 from librbd_py.store.api import ClientProcess, ListWatchers, WatcherInfo
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-from dataclasses import dataclass
 
 from librbd_py.format import names
 from librbd_py.format.group import GROUP_DIRECTORY
 from librbd_py.format.trash import SOURCE_REMOVING
+from librbd_py.format.values import dataclass
 from librbd_py.store.api import ObjectContext, OmapSet, Read, Write, WriteFull
 from librbd_py.store.rados import RadosStore
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import BinaryIO
 
 from librbd_py.format.object_map import NONEXISTENT
+from librbd_py.format.values import dataclass
 
 from .datapath import NativeImage
 from .diff import diff_iterate

@@ -16,12 +16,12 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 from librbd_py.format import features as ft
 from librbd_py.format import header as fh
 from librbd_py.format import names
 from librbd_py.format import trash as ftr
+from librbd_py.format.values import dataclass
 from librbd_py.store.api import Create, ListWatchers, ObjectContext, OmapCmp, OmapRmKeys, OmapSet, Remove, Store, Watch
 
 from . import cls, object_map, pool

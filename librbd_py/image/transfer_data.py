@@ -10,10 +10,10 @@ import errno
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 
 from librbd_py.format import object_map as fm
 from librbd_py.format.names import data_object, parse_data_object
+from librbd_py.format.values import dataclass
 from librbd_py.store.api import (
     NOSNAP,
     SNAPDIR,

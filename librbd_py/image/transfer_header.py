@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 from librbd_py.format import features as ft
 from librbd_py.format import header as fh
 from librbd_py.format import names
 from librbd_py.format.encoding import Decoder, Encoder, decode_string, decode_u64, encode_string, encode_u64
+from librbd_py.format.values import dataclass, replace
 from librbd_py.store.api import ObjectContext, OmapCmp, OmapGetVals, OmapSet
 
 from .layout import Layout

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+from librbd_py.format.values import dataclass
 from librbd_py.store.api import NO_SNAPS, NOSNAP, NativeData, ObjectContext, SnapContext
 
 from .layout import Layout

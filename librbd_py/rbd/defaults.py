@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from librbd_py.errors import rbd as exceptions
+from librbd_py.format.values import replace
 from librbd_py.image import feature_names, metadata, pool
 from librbd_py.image.directory import CreateOptions
 from librbd_py.image.options import OPTIONS

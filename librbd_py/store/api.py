@@ -14,8 +14,9 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from librbd_py.format.values import dataclass, field
 
 NOSNAP = 0xFFFFFFFFFFFFFFFE  # "HEAD"
 LOCATOR_MARK = "\x02"  # between a namespace and a locator key, in stores that place nothing

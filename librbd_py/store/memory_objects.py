@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+
+from librbd_py.format.values import dataclass, field
 
 from . import record
 from .api import Client, SnapSet, WatcherInfo

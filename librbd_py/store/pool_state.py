@@ -9,7 +9,8 @@ import errno
 import json
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+
+from librbd_py.format.values import dataclass
 
 from .api import POOL_STATE, Create, ObjectContext, OmapGetVals, OmapRmKeys, OmapSet, Remove, SnapContext, WriteFull
 

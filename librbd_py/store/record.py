@@ -11,8 +11,9 @@ what an OSD does (its transaction is applied at the end), and class methods coun
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from librbd_py.format.values import dataclass, field
 
 from .api import Client, CloneInfo, SnapContext, SnapSet, WatcherInfo
 

@@ -115,8 +115,7 @@ def test_a_protection_status_nobody_knows_is_an_io_error(io: api.ObjectContext) 
 
 
 def all_methods() -> list[registry.Method]:
-    find("lock", "lock")
-    return sorted(registry._methods.values(), key=lambda method: (method.cls, method.name))
+    return [find(cls, name) for cls, name in sorted(registry._WHERE)]
 
 
 @pytest.mark.parametrize("method", all_methods(), ids=lambda method: f"{method.cls}.{method.name}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
 
 from librbd_py.format import features as bits
 from librbd_py.format import names
 from librbd_py.format.encoding import NEVER, Decoder, Encoder, Time, encode_string, encode_u64
 from librbd_py.format.header import NOSNAP
+from librbd_py.format.values import replace
 
 from .context import Context
 from .rbd_common import (

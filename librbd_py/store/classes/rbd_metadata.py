@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
 
 from librbd_py.format import features as bits
 from librbd_py.format.encoding import Decoder, Encoder
 from librbd_py.format.group import GROUP_REF_KEY, GroupSpec
 from librbd_py.format.header import METADATA_PREFIX, MigrationSpec
+from librbd_py.format.values import replace
 
 from .context import Context, stored
 from .rbd_common import (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import uuid
-from dataclasses import replace
 
 from librbd_py.format import features as bits
 from librbd_py.format import header
@@ -21,6 +20,7 @@ from librbd_py.format.header import (
     UserNamespace,
     decode_namespace,
 )
+from librbd_py.format.values import replace
 
 from .context import Context
 from .rbd_common import (

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
 
 from librbd_py.format.encoding import Decoder
 from librbd_py.format.trash import KEY_PREFIX, TrashImageSpec
+from librbd_py.format.values import replace
 
 from .context import Context, stored
 from .rbd_common import check_exists, encode_map, has_key, raw, rows, text, write_value

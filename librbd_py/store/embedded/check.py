@@ -14,7 +14,8 @@ import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+
+from librbd_py.format.values import dataclass
 
 from .. import layout as native
 from ..record import MAX_OBJECT_SIZE

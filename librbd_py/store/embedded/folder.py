@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import stat
 import time
 from collections.abc import Callable
@@ -141,7 +140,7 @@ class Folder:
         By rename under the folder's lock: a hard link would give the file two names for a moment, which check_file
         refuses, and for ever when the process dies in that moment.
         """
-        temporary = f"{name}.{secrets.token_hex(8)}.new"
+        temporary = f"{name}.{os.urandom(8).hex()}.new"
         fd = self.open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             try:

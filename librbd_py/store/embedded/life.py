@@ -24,8 +24,9 @@ import struct
 import threading
 import time
 import weakref
-from dataclasses import dataclass
 from typing import Protocol
+
+from librbd_py.format.values import dataclass
 
 BEAT = 1.0  # seconds
 LATE = 5.0  # seconds without a beat after which a client looks whether it was taken for dead

@@ -9,7 +9,8 @@ believed that can be looked up.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+from librbd_py.format.values import dataclass
 
 MAX_PAYLOAD = 128 << 10  # bytes of a notify or of an ack
 MAX_COOKIES = 1024  # per datagram

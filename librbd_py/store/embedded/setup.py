@@ -7,8 +7,8 @@ import json
 import os
 import re
 import sqlite3
-import uuid
-from dataclasses import dataclass
+
+from librbd_py.format.values import dataclass
 
 from . import reserve
 from .database import Database, primary_code
@@ -16,7 +16,8 @@ from .folder import Folder, lock_folder
 from .schema import APPLICATION_ID, STORE_VERSION, TABLES, VERSION, statements
 from .steps import step
 
-_OURS = re.compile(r"store\.json(\..*\.new)?|meta\.db(-wal|-shm|-journal)?|reserve|run|data")
+_OURS = r"store\.json(\..*\.new)?|meta\.db(-wal|-shm|-journal)?|reserve|run|data"
+_FSID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
 @dataclass
@@ -79,11 +80,13 @@ def _describe(root: Folder, create: bool) -> str:
     """fsid from store.json, which is written first, whole, and never again."""
     path = f"{root.path}/store.json"
     if not root.check_file("store.json"):
-        strangers = [name for name in root.names() if not _OURS.fullmatch(name)]
+        strangers = [name for name in root.names() if not re.fullmatch(_OURS, name)]
         if strangers and create:
             raise OSError(errno.ENOTEMPTY, f"{root.path} is not a store and holds other things ({strangers[0]!r})")
         if not create:
             raise OSError(errno.ENOENT, f"{root.path} is not a store: there is no store.json")
+        import uuid  # costs as much as the rest of connecting
+
         text = json.dumps({"format": "librbd-py embedded store", "version": STORE_VERSION, "fsid": str(uuid.uuid4())})
         step("setup: before store.json")
         root.write_new("store.json", text.encode() + b"\n")
@@ -91,7 +94,7 @@ def _describe(root: Folder, create: bool) -> str:
     try:
         content = json.loads(root.read_file("store.json"))
         version, fsid = content["version"], content["fsid"]
-        if not isinstance(version, int) or str(uuid.UUID(fsid)) != fsid:
+        if not isinstance(version, int) or not re.fullmatch(_FSID, fsid):
             raise ValueError("fsid")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise OSError(errno.EUCLEAN, f"{path} is damaged; `rbdpy store check` can write a new one") from None

@@ -15,16 +15,16 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from typing import Any
 
+from librbd_py.format.values import dataclass, replace
 from librbd_py.native import ffi, lib
 
 from ..api import Client
 
 MISSING = "librados is not installed: Ceph clusters need the Debian package librados2"
 DEFAULT_NAME = "client.admin"
-_ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:.%]+\]|[0-9]+(?:\.[0-9]+){3}):[0-9]+/[0-9]+")
+_ADDRESS = r"(?:\[[0-9a-fA-F:.%]+\]|[0-9]+(?:\.[0-9]+){3}):[0-9]+/[0-9]+"
 _MAX_ADDRESSES = 4096  # bytes
 
 
@@ -97,7 +97,7 @@ def _name_in(words: tuple[str, ...]) -> str:
 
 def addresses(text: str) -> list[str]:
     """`ip:port/nonce` of every address in what librados writes."""
-    return _ADDRESS.findall(text)
+    return re.findall(_ADDRESS, text)
 
 
 class Connection:

@@ -9,12 +9,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from datetime import datetime
 from typing import Any
-from urllib.parse import quote, unquote
 
 from librbd_py.format.lock import EntityAddress
+from librbd_py.format.values import replace
 from librbd_py.native import ffi, lib
 
 from .. import api
@@ -50,6 +48,8 @@ def parse_url(url: str, base: ClusterOptions | None = None) -> ClusterOptions:
     or `rbdpy_connection`: URLs that differ in it do not share a connection. What the URL does not say comes from
     `base`. EINVAL."""
     base = base or ClusterOptions()
+    from urllib.parse import unquote
+
     where, _, query = url.partition("?")
     kind, _, conf = where.partition(":")
     if kind not in ("ceph", "rados"):
@@ -77,6 +77,8 @@ def parse_url(url: str, base: ClusterOptions | None = None) -> ClusterOptions:
 
 def make_url(conf: str = "", **options: str) -> str:
     """What parse_url() reads; empty values are left out."""
+    from urllib.parse import quote
+
     words = [f"{option}={quote(value, safe='/:,')}" for option, value in options.items() if value]
     return "ceph" + (":" + quote(conf) if conf else "") + ("?" + "&".join(words) if words else "")
 
@@ -231,6 +233,8 @@ class RadosStore(api.Store):
     def blocklist(self) -> dict[str, float]:
         rows = self._blocklist("osd blocklist ls", {"format": "json"})
         now = time.time()
+        from datetime import datetime
+
         found = {row["addr"]: datetime.fromisoformat(row["until"]).timestamp() for row in _rows(rows)}
         return {_client_address(text): until for text, until in found.items() if until > now}
 
