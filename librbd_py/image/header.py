@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-<<<<<<< HEAD
-from dataclasses import dataclass, replace
 
 from librbd_py.format import features as ft
 from librbd_py.format import names
@@ -23,13 +21,7 @@ from librbd_py.format.header import (
     MigrationSpec,
     ParentImageSpec,
 )
-=======
-
-from librbd_py.format import features as ft
-from librbd_py.format import names
-from librbd_py.format.header import ParentImageSpec
 from librbd_py.format.values import dataclass
->>>>>>> cd0eed8 (cli: start in half the time)
 from librbd_py.store.api import NOSNAP, ObjectContext, SnapContext
 
 from . import cls
