@@ -21,7 +21,7 @@ from librbd_py.format.header import (
     MigrationSpec,
     ParentImageSpec,
 )
-from librbd_py.format.values import dataclass
+from librbd_py.format.values import dataclass, replace
 from librbd_py.store.api import NOSNAP, ObjectContext, SnapContext
 
 from . import cls
