@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
+from librbd_py.control.handoff import ANYBODY
 from qemu_glue import shapes
 from qemu_glue.arguments import check
 from qemu_glue.exports import NBDServer, start_reactors, vhost_user_blk
@@ -195,6 +196,8 @@ class Service:
                 # What is served again after a crash is no longer coming: its VM runs, here or elsewhere.
                 if checked["incoming"] and export.hand_off is not None and not self._restoring:
                     await export.hand_off.stand_by()
+                elif self._restoring and export.hand_off is not None:
+                    await export.hand_off.look_around()
             except OSError:
                 export.follow(asyncio.get_running_loop())
                 await export.end(hard=True)
@@ -238,6 +241,8 @@ class Service:
         hand_off = None
         taken = any(export.node is node and export.hand_off is not None for export in self.exports.values())
         if checked["type"] != "nbd" and checked["writable"] and not taken:
+            if checked["vm"] != ANYBODY:
+                node.handle.describe = {**node.handle.describe, "VM": checked["vm"]}
             hand_off = HandOff(node.handle, native, checked["vm"], self.emit, checked["id"], incoming=None)
         return ServedExport(checked["id"], checked["type"], node, number, native, hand_off)
 

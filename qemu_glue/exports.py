@@ -28,6 +28,7 @@ class ExportStats:
     accepted: int
     broken: int
     resubmitted: int
+    resumed: int
     dirty_pages: int
     switchover: int  # the one that waits for go_on() now; 0: none
     rings: int  # running now
@@ -44,7 +45,7 @@ class Export:
     def stats(self) -> ExportStats:
         raw = ffi.new("rbdn_export_stats *")
         check(lib.rbdn_export_stats_get(self._handle, raw), "export statistics")
-        counts = (raw.clients, raw.accepted, raw.broken, raw.resubmitted, raw.dirty_pages)
+        counts = (raw.clients, raw.accepted, raw.broken, raw.resubmitted, raw.resumed, raw.dirty_pages)
         return ExportStats(*counts, raw.switchover, raw.rings)
 
     def serve(self, sock: socket.socket) -> None:

@@ -8,7 +8,8 @@ order, one at a time, by calls that block, in threads. States, and the ways betw
   taken: SERVING again, as an image that runs nothing.
 * destination: STANDING_BY; the rings start, or (NBD) the first write waits -> TAKING_OVER -> SERVING.
 * REFUSED: somebody who is not of this VM has owned the lock meanwhile, so its memory and the disk no longer belong
-  together. Requests wait until an operator decides (`force`), the front end leaves, or its rings start once more.
+  together. Requests wait until an operator decides (`force`), the front end leaves, or its rings start once more. Also
+  for a VM that moved away while its service was dead (qemu_glue/elsewhere.py): then rings are no reason to try again.
 
 Requests are held by the image's gate throughout, so nothing here is a race with the guest. The front end waits for so
 long only (`VHOST_OFFER_MS`); then nothing was offered in time, and the next host asks for the lock as anybody.
@@ -26,6 +27,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from librbd_py.image.handle import ImageHandle
+from qemu_glue.elsewhere import runs_elsewhere
 from qemu_glue.exports import Export
 
 TAKEN_LOOK = (0.01, 1.0)  # seconds between looks whether an offer was taken: the first, the longest
@@ -95,6 +97,7 @@ class HandOff:
         self._pending: dict[str, tuple[int, float]] = {}  # event -> value, time; in order, equal ones are merged
         self._news = asyncio.Event()
         self._from_back = False  # REFUSED when taking back, not when taking over
+        self._moved = False  # REFUSED because the VM runs elsewhere
         self._delay = RETRY[0]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -150,6 +153,12 @@ class HandOff:
             self.incoming = True if sure else None
             await self._call(self._handle.stand_by, self.key, park=True)
             self._go(S.STANDING_BY)
+
+    async def look_around(self) -> None:
+        """The service was started anew and the VM's QEMU is older: stands by when the VM runs elsewhere. Before start()
+        and before its client is served. OSError: the store failed."""
+        if self._handle.uses_lock and await self._call(runs_elsewhere, self._handle, self.key) is not None:
+            await self.stand_by(sure=False)
 
     def force(self) -> None:
         """An operator's word that a VM whose lock was refused may have it all the same."""
@@ -245,14 +254,26 @@ class HandOff:
         elif self.state is S.STANDING_BY:
             if self.incoming or what == "force" or await self._call(self._handle.lock_offered_to, self.key):
                 await self._take_over(since, what == "force")
+            elif where := await self._elsewhere():
+                self._go(S.TAKING_OVER)
+                self._moved = True
+                self._failed(OSError(errno.ESTALE, f"the VM runs on {where}"), S.STANDING_BY, since)
             else:
                 await self._call(self._handle.stand_down)
                 self._go(S.SERVING)
         elif self.state is S.REFUSED and what != "wanted":
+            if self._moved and what != "force":
+                return
             if self._from_back and what != "force":
                 await self._take_back(since)
             else:
                 await self._take_over(since, what == "force")
+
+    async def _elsewhere(self) -> str | None:
+        """Where the VM runs, when these rings are what it left behind: a VM that comes has a new in-flight table."""
+        if not self._export.stats().resumed:
+            return None
+        return await self._call(runs_elsewhere, self._handle, self.key)
 
     async def _take_back(self, since: float) -> None:
         self._go(S.TAKING_BACK)
@@ -275,6 +296,7 @@ class HandOff:
     def _here(self, event: str, since: float) -> None:
         self._go(S.SERVING)
         self.reason = ""
+        self._moved = False
         self._delay = RETRY[0]
         self.incoming = None if self.incoming else self.incoming  # it has come. Leaves and comes again: who knows
         self._tell(event, since)
@@ -324,6 +346,7 @@ class HandOff:
             await self._call(self._handle.stand_down)
             self._go(S.SERVING)
             self.reason = ""
+            self._moved = False
 
     async def _watch_offer(self) -> None:
         await self.wait_taken()

@@ -333,9 +333,11 @@ class HeaderControl:
         return wire.get_lock(self.ctx, self.header_oid).owner
 
     def owner_lives(self) -> bool:
-        """Whether the lock has an owner that watches the header."""
+        """Whether the lock has an owner that watches the header; the caller's own dead clients (`former`) may still."""
         owner = self.owner()
-        return owner is not None and wire.is_watching(self.ctx, self.header_oid, owner)
+        if owner is None or owner.address in self._lock.former:
+            return False
+        return wire.is_watching(self.ctx, self.header_oid, owner)
 
     def ask_owner(self, message: nf.Message) -> int | None:
         """What the lock's owner answers to a request: 0 or -errno; None when no owner spoke."""

@@ -47,6 +47,7 @@ typedef struct {
     uint64_t accepted;      /* connections ever */
     uint64_t broken;        /* connections or queues ended for a violation */
     uint64_t resubmitted;   /* requests found in flight at a reconnect */
+    uint64_t resumed;       /* rings started with the in-flight table of a back end before: the VM ran on this host */
     uint64_t dirty_pages;   /* marked in a migration log */
     int64_t switchover;     /* the one that waits for rbdn_export_go_on() now; 0 = none */
     uint32_t rings;         /* running now */

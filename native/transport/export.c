@@ -61,6 +61,7 @@ int rbdn_export_stats_get(rbdn_export *e, rbdn_export_stats *out)
     out->accepted = atomic_load(&e->accepted);
     out->broken = atomic_load(&e->broken);
     out->resubmitted = atomic_load(&e->resubmitted);
+    out->resumed = atomic_load(&e->resumed);
     out->dirty_pages = atomic_load(&e->dirty_pages);
     out->switchover = atomic_load(&e->held);
     out->rings = atomic_load(&e->rings);

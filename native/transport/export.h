@@ -33,7 +33,7 @@ struct export {
     pthread_mutex_t lock;   /* guards state and clients */
     enum export_state state;
     uint32_t clients;
-    _Atomic uint64_t accepted, broken, resubmitted, dirty_pages;
+    _Atomic uint64_t accepted, broken, resubmitted, resumed, dirty_pages;
     _Atomic int64_t held; /* the switch-over that waits; 0 = none. Who sets it to 0 lets it go on, nobody else */
     _Atomic uint32_t rings;
 };

@@ -156,6 +156,8 @@ int session_start_ready(struct vhost_session *s, void (*then)(struct vhost_sessi
             continue;
         if (!rings_fit(c) || (c->inflight && c->num > c->inflight_num))
             return -EPROTO;
+        if (c->inflight && __atomic_load_n(&c->inflight->version, __ATOMIC_RELAXED))
+            atomic_fetch_add(&e->base.resumed, 1); /* before the event below */
         c->event_idx = s->features >> VIRTIO_RING_F_EVENT_IDX & 1;
         c->indirect = s->features >> VIRTIO_RING_F_INDIRECT_DESC & 1;
         s->queues[n] = vhost_queue_new(&e->base, &e->device, n, c, e->reactor, on_answer, s);

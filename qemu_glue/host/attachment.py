@@ -132,6 +132,8 @@ class Attachment:
             self._hand_off = HandOff(node.handle, self._exports[0][1], self.identity.key, self._emit, node.name)
             if self.identity.incoming:
                 await self._hand_off.stand_by(sure=not self.elder)
+            elif self.elder:
+                await self._hand_off.look_around()
             self._hand_off.start()
 
     def _follow(self, number: int) -> None:
