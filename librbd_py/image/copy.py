@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from librbd_py.format import features as ft
 from librbd_py.store.api import NOSNAP, ObjectContext
 
 from . import cls, snapshots
+from .ahead import at_once, in_order
 from .clones import attach, inherited
 from .content import read_view
-from .diff import diff_iterate
+from .diff import changed
 from .directory import DEFAULTS, CreateOptions, create_unnamed, give_name
 from .handle import ImageHandle
 from .header import header_oid
 from .io import before_write
 from .progress import Progress, report
 from .resize import resize
+from .streams import is_zero
 from .trash import remove_from_trash
 
 CHUNK = 4 << 20  # bytes read and written at once
@@ -162,23 +166,27 @@ def copy_range(
     progress: Progress | None,
 ) -> None:
     """Writes into `dest` what changed in `source` since the snapshot."""
-    view = source.view_at(source.snap_id)
-    total = view.size
+    total = source.header.size_at(source.snap_id)
     if not total:
         return
     before_write(dest)
 
-    def found(offset: int, length: int, data: bool) -> None:
-        end = offset + length
-        while offset < end:
-            take = min(CHUNK - offset % CHUNK, end - offset)
-            report(progress, offset, total)
-            content = read_view(view, offset, take) if data else b""
-            if content.strip(b"\0"):
-                dest.data.write(offset, content)
-            elif from_snapshot is not None:
-                dest.data.write_zeroes(offset, take)
-            offset += take
+    def pieces() -> Iterator[tuple[int, int, bool]]:
+        for offset, length, data in changed(source, from_snapshot):
+            end = offset + length
+            while offset < end:
+                take = min(CHUNK - offset % CHUNK, end - offset)
+                yield offset, take, data
+                offset += take
 
-    diff_iterate(source, 0, total, from_snapshot, found)
+    def move(piece: tuple[int, int, bool]) -> None:
+        offset, take, data = piece
+        content = source.data.read(offset, take) if data else b""
+        if not is_zero(content):
+            dest.data.write(offset, content)
+        elif from_snapshot is not None:
+            dest.data.write_zeroes(offset, take)
+
+    for (offset, _, _), _ in in_order(pieces(), move, min(at_once(source), at_once(dest))):
+        report(progress, offset, total)
     report(progress, total, total)

@@ -351,17 +351,18 @@ class NativeImage:
         step: int,
         threads: int,
         grain: int,
+        chunk: int,
     ) -> tuple[int, bool]:
         """Moves `length` bytes between the image and a file, where `offset` is at `position` (None: a pipe, into the
-        image only). Zeros of `grain` bytes, aligned, are not written (0: all is). `step`: bytes each thread moves at
-        once.
+        image only). Zeros of `grain` bytes, aligned in their `chunk`, are not written (0: all is). `step`: bytes each
+        thread moves at once.
 
         Returns the bytes moved and whether the file ended; fewer without its end: the pipe is silent for 200 ms."""
         what = ffi.new("rbdn_pump *")
         what.fd, what.off, what.len = fd, offset, length
         setattr(what, "in", into_image)
         what.stream, what.pos = position is None, position or 0
-        what.step, what.threads, what.grain = step, threads, grain
+        what.step, what.threads, what.grain, what.chunk = step, threads, grain, chunk
         ended = ffi.new("int *")
         moved = lib.rbdn_image_pump(self.pointer, what, ended)
         if moved < 0:

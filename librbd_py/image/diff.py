@@ -14,6 +14,7 @@ from librbd_py.format import features as ft
 from librbd_py.format.object_map import EXISTS_CLEAN, NONEXISTENT
 from librbd_py.store.api import NOSNAP, SnapSet
 
+from .ahead import at_once, in_order, is_local
 from .content import read_view
 from .datapath import NativeImage
 from .handle import ImageHandle
@@ -65,6 +66,15 @@ def diff_iterate(
         result = found(start, size, data)
         if isinstance(result, int) and result < 0:
             raise OSError(-result, "the callback asked to stop")
+
+
+def changed(handle: ImageHandle, from_snapshot: int | None) -> Iterator[tuple[int, int, bool]]:
+    """The whole image's rows from the snapshot (None: since the image was empty) to what the handle is open at."""
+    start_id = from_snapshot or 0
+    if start_id > handle.snap_id:
+        raise OSError(errno.EINVAL, "the snapshot is newer than what the image is open at")
+    size = handle.header.size_at(handle.snap_id)
+    return changes(handle, 0, size, start_id) if size else iter(())
 
 
 def changes(
@@ -144,14 +154,22 @@ def _rows(
     view = handle.view_at(end_id)
     maps = _maps(handle, start_id, end_id)
     cache: dict[int, Extents] = {}
+    striped = layout.stripe_count > 1
     pending: tuple[int, int, bool] | None = None
-    for piece in _pieces(handle, offset, length, maps, bool(start_id), view.parent is not None):
-        if piece.objno not in cache:
-            if layout.stripe_count == 1:
-                cache.clear()
-            cache[piece.objno] = _object(handle, view, piece.objno, start_id, end_id, maps, include_parent, whole)
+
+    def extents(piece: Extent) -> Extents:
+        found = cache.get(piece.objno)
+        if found is None:
+            found = _object(handle, view, piece.objno, start_id, end_id, maps, include_parent, whole)
+            if striped:
+                cache[piece.objno] = found
+        return found
+
+    count = 1 if striped or is_local(handle) or (whole and maps is not None) else at_once(handle)
+    pieces = _pieces(handle, offset, length, maps, bool(start_id), view.parent is not None)
+    for piece, found in in_order(pieces, extents, count):
         image_at = offset + piece.position
-        for at, size, data in cache[piece.objno]:
+        for at, size, data in found:
             first, last = max(at, piece.offset), min(at + size, piece.offset + piece.length)
             if first >= last:
                 continue

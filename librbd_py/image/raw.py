@@ -10,6 +10,7 @@ from typing import BinaryIO
 from librbd_py.format.object_map import NONEXISTENT
 from librbd_py.format.values import dataclass
 
+from .ahead import at_once, in_order, is_local
 from .datapath import NativeImage
 from .diff import diff_iterate
 from .handle import ImageHandle
@@ -22,7 +23,7 @@ AT_ONCE = 64 << 20  # bytes between two reports of progress
 LOCAL_STEP = 256 << 10  # bytes: stays in a CPU's cache between being read and being written
 LOCAL_THREADS = 2
 MIN_STEP, MAX_STEP = 1 << 20, 8 << 20  # bytes, of a store at the other end of a network
-MANAGEMENT_OPS = 10  # rbd_concurrent_management_ops
+BLOCK = 4096  # bytes of a file system
 HOLE = 65536  # bytes of zeros that stay a hole in an exported file
 
 
@@ -35,15 +36,10 @@ class _Pace:
 
     @classmethod
     def of(cls, handle: ImageHandle) -> _Pace:
-        if _is_local(handle):
+        if is_local(handle):
             return cls(LOCAL_STEP, min(LOCAL_THREADS, os.cpu_count() or 1))
         step = max(MIN_STEP, min(handle.header.layout.object_size, MAX_STEP))
-        return cls(step, MANAGEMENT_OPS)
-
-
-def _is_local(handle: ImageHandle) -> bool:
-    """Whether the data lies in files of this machine."""
-    return handle.objects.native is not None and handle.objects.native.write_back is not None
+        return cls(step, at_once(handle))
 
 
 # --- out
@@ -64,6 +60,7 @@ def export_raw(handle: ImageHandle, fd: int, progress: Progress | None = None, *
                 step=pace.step,
                 threads=pace.threads,
                 grain=HOLE,
+                chunk=HOLE,
             )
         else:
             data = handle.data.read(offset, length)
@@ -79,7 +76,7 @@ def _data(handle: ImageHandle, begin: int, size: int) -> Iterator[tuple[int, int
     is not there costs it as little as saying so."""
     if begin >= size:
         return
-    if _is_local(handle) or not isinstance(handle.data, NativeImage):
+    if is_local(handle) or not isinstance(handle.data, NativeImage):
         rows: list[tuple[int, int]] = []
         diff_iterate(handle, begin, size - begin, None, lambda at, count, _: rows.append((at, count)))
         yield from rows
@@ -116,22 +113,14 @@ def _cut(start: int, end: int) -> Iterator[tuple[int, int]]:
 
 def export_pipe(handle: ImageHandle, write: Callable[[bytes], object], progress: Progress | None = None) -> None:
     """Into a pipe: all bytes. The next ones are read while it takes these."""
-    from concurrent.futures import Future, ThreadPoolExecutor
-
     size = handle.header.size_at(handle.snap_id)
-    pace = _Pace.of(handle)
-    ahead = 2 if _is_local(handle) else pace.threads
-    with ThreadPoolExecutor(ahead) as pool:
-        waiting: list[Future[bytes]] = []
-        at = done = 0
-        while done < size:
-            while at < size and len(waiting) < ahead:
-                waiting.append(pool.submit(handle.data.read, at, min(PIECE, size - at)))
-                at += PIECE
-            data = waiting.pop(0).result()
-            write(data)
-            done += len(data)
-            report(progress, done, size)
+
+    def piece(at: int) -> bytes:
+        return handle.data.read(at, min(PIECE, size - at))
+
+    for at, data in in_order(range(0, size, PIECE), piece, at_once(handle)):
+        write(data)
+        report(progress, at + len(data), size)
 
 
 def _write_at(fd: int, data: memoryview, offset: int) -> None:
@@ -158,7 +147,9 @@ def import_raw(
     before_write(handle)
     pace = _Pace.of(handle)
     write_back = handle.objects.native.write_back if handle.objects.native is not None else None
-    for offset, length in _pieces(_file_data(fd, begin, size)):
+    for offset, length in _pieces(
+        _file_data(fd, begin, size, 1 if sparse and not BLOCK % sparse else handle.header.layout.object_size)
+    ):
         if isinstance(handle.data, NativeImage):
             moved, _ = handle.data.pump(
                 fd,
@@ -169,6 +160,7 @@ def import_raw(
                 step=_step(pace, sparse),
                 threads=pace.threads,
                 grain=sparse,
+                chunk=handle.header.layout.object_size,
             )
         else:
             data = os.pread(fd, length, offset)
@@ -189,13 +181,14 @@ def _step(pace: _Pace, sparse: int) -> int:
     return min(max(pace.step, sparse), 32 << 20)
 
 
-def _file_data(fd: int, begin: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where the file has data; all of it where holes cannot be asked for."""
+def _file_data(fd: int, begin: int, size: int, grain: int) -> Iterator[tuple[int, int]]:
+    """Where the file has data, in units of `grain`; all of it where holes cannot be asked for."""
     at = begin
     while at < size:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
-            stop = os.lseek(fd, start, os.SEEK_HOLE)
+            stop = -(-os.lseek(fd, start, os.SEEK_HOLE) // grain) * grain
+            start = max(start // grain * grain, at)
         except OSError as failure:
             if failure.errno != errno.ENXIO:
                 yield at, size - at
@@ -227,6 +220,7 @@ def import_pipe(handle: ImageHandle, source: BinaryIO, sparse: int = SPARSE) -> 
                 step=_step(pace, sparse),
                 threads=pace.threads,
                 grain=sparse,
+                chunk=handle.header.layout.object_size,
             )
         else:
             data = source.read(min(room, PIECE))

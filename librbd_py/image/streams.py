@@ -13,6 +13,7 @@ from librbd_py.format.streams import BadStream, Extent, ImageHead, Named, Protec
 from librbd_py.store.api import NOSNAP
 
 from . import cls, metadata, snapshots
+from .ahead import at_once, in_order
 from .datapath import NativeImage
 from .diff import changes, diff_iterate
 from .handle import ImageHandle
@@ -63,22 +64,22 @@ def export_diff(
     if start is not None and start.id > handle.snap_id:
         raise OSError(errno.EINVAL, "the snapshot is newer than what the image is open at")
     since = start.id if start is not None else 0
-    for offset, length, exists in changes(handle, 0, size, since, whole_object=whole_object) if size else ():
-        _export_extent(handle, offset, length, exists, write, version)
+    rows = changes(handle, 0, size, since, whole_object=whole_object) if size else ()
+
+    def content(row: tuple[int, int, bool]) -> bytes:
+        offset, length, exists = row
+        return handle.data.read(offset, length) if exists else b""
+
+    for (offset, length, _), data in in_order(rows, content, at_once(handle)):
+        exists = not is_zero(data)  # what is all zeros is a hole
+        write(streams.extent(offset, length, exists, version))
+        if exists:
+            write(data)
         report(progress, offset, size)
     write(streams.END)
 
 
-def _export_extent(handle: ImageHandle, offset: int, length: int, exists: bool, write: Write, version: int) -> None:
-    """An object's extent in one record; data that is all zeros as a hole."""
-    data = handle.data.read(offset, length) if exists else b""
-    exists = exists and not _is_zero(data)
-    write(streams.extent(offset, length, exists, version))
-    if exists:
-        write(data)
-
-
-def _is_zero(data: bytes | bytearray | memoryview) -> bool:
+def is_zero(data: bytes | bytearray | memoryview) -> bool:
     size = len(data)
     if bytes(data[:SPARSE]) != _ZEROES[: min(size, SPARSE)]:
         return False
@@ -194,7 +195,7 @@ def runs(data: bytes | bytearray, grain: int) -> Iterator[tuple[int, int, bool]]
     """(offset, length, not zero) of alternating parts of `data`, at a granularity of `grain`."""
     size = len(data)
     if not grain or grain >= size:
-        yield 0, size, not grain or not _is_zero(data)
+        yield 0, size, not grain or not is_zero(data)
         return
     zero = _ZEROES[:grain] if grain <= PIECE else bytes(grain)
     begin, kind = 0, not data.startswith(zero)

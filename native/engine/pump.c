@@ -114,13 +114,15 @@ static int64_t pipe_in(int fd, char *buf, uint64_t len, int *end)
     return (int64_t)done;
 }
 
-/* One piece's bytes that are not zeros of `grain` bytes, aligned in the image. */
+/* One piece's bytes that are not zeros of `grain` bytes, aligned in their chunk of the image. */
 static int put_runs(struct pump *p, char *buf, uint64_t at, uint64_t len)
 {
     const rbdn_pump *w = p->what;
     uint64_t grain = w->grain, begin = 0;
     for (uint64_t pos = 0; pos < len;) {
-        uint64_t n = grain ? grain - (w->off + at + pos) % grain : len;
+        uint64_t within = (w->off + at + pos) % w->chunk;
+        uint64_t n = grain ? grain - within % grain : len;
+        n = n < w->chunk - within ? n : w->chunk - within;
         n = n < len - pos ? n : len - pos;
         bool skip = grain && is_zero(buf + pos, n);
         if (!skip && pos + n < len) {
@@ -197,7 +199,7 @@ static void *pump_main(void *arg)
 
 int64_t rbdn_image_pump(rbdn_image *i, const rbdn_pump *what, int *end)
 {
-    if (!what->step || what->step > STEP_MAX || !what->threads || what->threads > THREADS_MAX ||
+    if (!what->step || what->step > STEP_MAX || !what->threads || !what->chunk || what->threads > THREADS_MAX ||
         (what->stream && !what->in))
         return -EINVAL;
     struct pump p = {.image = i, .what = what, .lock = PTHREAD_MUTEX_INITIALIZER};

@@ -64,7 +64,7 @@ typedef struct { uint64_t token; int64_t result; uint64_t mismatch; } rbdn_compl
 int rbdn_aio_reap(rbdn_completion *out, int max); /* never blocks */
 
 /* Moves bytes between an image and a file without Python. `in`: from the file into the image. Zeros of `grain` bytes,
- * aligned in the image, are not written (0: all is). `stream`: the file is a pipe and is read in order; only with `in`.
+ * aligned in their `chunk` of the image, are not written (0: all is). `stream`: the file is a pipe and is read in order; only with `in`.
  * Returns bytes moved, holes included, or -errno, and then what is where it should be is not known. Fewer than `len`:
  * the file ended (*end is 1), or the pipe brought nothing for 200 ms (call again from there). Blocks; any thread. */
 typedef struct {
@@ -74,7 +74,7 @@ typedef struct {
     uint64_t pos;       /* where in the file `off` is */
     uint32_t step;      /* bytes moved at once, <= 32 MiB */
     uint32_t threads;   /* <= 64, the caller's included */
-    uint32_t grain;     /* bytes */
+    uint32_t grain, chunk; /* bytes */
 } rbdn_pump;
 int64_t rbdn_image_pump(rbdn_image *i, const rbdn_pump *what, int *end);
 

@@ -122,7 +122,7 @@ def on_a_folder(folder: Path, size: int, count: int) -> list[Row]:
     return rows
 
 
-def on_ceph(folder: Path, size: int, count: int) -> list[Row]:
+def on_ceph(folder: Path, size: int, count: int, only: str) -> list[Row]:
     raw, out, diff = (str(folder / name) for name in ("raw256", "out", "diff"))
     random_file(Path(raw), size)
     with scratch(Options(mgr=True), folder) as cluster:
@@ -166,6 +166,8 @@ def on_ceph(folder: Path, size: int, count: int) -> list[Row]:
         ]  # fmt: skip
         rows = []
         for name, argv, before, after in table:
+            if not name.startswith(only):
+                continue
 
             def prepare(before: list[Argv] = before) -> None:
                 for words in before:
@@ -181,14 +183,15 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--mib", type=int, default=1024, help="of the image on the embedded store; on Ceph a quarter")
     parser.add_argument("--folder", help="on the disk to be measured; default: a temporary one")
+    parser.add_argument("--only", default="", help="rows on Ceph whose names begin so")
     parser.add_argument("--write", action="store_true", help=f"to {RESULTS.name}, too")
     options = parser.parse_args()
     compileall.compile_dir(str(Path(librbd_py.__file__).parent), quiet=1)  # as an installed package has it
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         print(HEAD, flush=True)
-        rows = on_a_folder(folder, options.mib * MIB, options.pairs)
-        rows += on_ceph(folder, options.mib // 4 * MIB, options.pairs)
+        rows = [] if options.only else on_a_folder(folder, options.mib * MIB, options.pairs)
+        rows += on_ceph(folder, options.mib // 4 * MIB, options.pairs, options.only)
     finally:
         shutil.rmtree(folder)
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
