@@ -41,6 +41,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("libvirt",), ("cmd_libvirt",)),
     **dict.fromkeys(("run",), ("cmd_run",)),
     **dict.fromkeys(("host",), ("cmd_host",)),
+    **dict.fromkeys(("backup",), ("cmd_backup",)),
     **dict.fromkeys(("vm",), ("cmd_vm",)),
 }
 

@@ -1,0 +1,118 @@
+"""Making an image of backups: the full one and every increment up to the wanted one, each followed by its snapshot."""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from librbd_py.image import cls, snapshots
+from librbd_py.image.directory import CreateOptions, create_unnamed, give_name
+from librbd_py.image.handle import ImageHandle
+from librbd_py.image.io import before_write
+from librbd_py.image.progress import Progress, report
+from librbd_py.image.resize import resize
+from librbd_py.image.streams import importable
+from librbd_py.image.trash import remove_from_trash
+from librbd_py.store.api import ObjectContext
+
+from .vault import Vault
+from .wire import Manifest, decode_part
+
+PARALLEL = 4  # downloads at a time
+
+
+def choose(every: list[Manifest], wanted: str | None) -> Manifest:
+    """The newest; or the newest of a snapshot, or the one with that id. ENOENT."""
+    found = [each for each in every if wanted in (None, each.snapshot, each.id)]
+    if not found:
+        raise OSError(errno.ENOENT, f"there is no backup of {wanted}" if wanted else "there are no backups")
+    return max(found, key=lambda each: (each.snapshot_time, each.snapshot_id, each.created))
+
+
+def restore(
+    vault: Vault,
+    name: str,
+    ctx: ObjectContext,
+    image: str,
+    *,
+    wanted: str | None = None,
+    data_pool: str | None = None,
+    parallel: int = PARALLEL,
+    progress: Progress | None = None,
+) -> list[Manifest]:
+    """A new image from a set of backups, with a snapshot for each backup, and HEAD as the last. It has its name when it
+    is complete; cut short it is in the trash as one being removed, and can be made anew. Returns what it was made of.
+
+    ENOENT: no such backup, or a part is missing. EBADMSG: damaged. EEXIST: there is such an image."""
+    every = vault.manifests(name)
+    chain = vault.chain(choose(every, wanted), every)
+    last = chain[-1]
+    features = importable(last.features)
+    options = CreateOptions(last.order, features, last.stripe_unit, last.stripe_count, data_pool)
+    image_id = create_unnamed(ctx, image, chain[0].size, options)
+    try:
+        with ImageHandle.open(ctx, image_id=image_id) as dest:
+            if last.metadata:
+                values = {key: value.encode(errors="surrogateescape") for key, value in last.metadata.items()}
+                ctx.exec(dest.oid, "rbd", "metadata_set", cls.encode_metadata(values))
+            total = sum(each.parts for each in chain) + 1
+            done = 0
+            for snapshot, manifest in zip(_names(chain), chain, strict=True):
+                done = _apply(vault, manifest, dest, parallel, progress, done, total)
+                snapshots.create(dest, snapshot)
+        give_name(ctx, image, image_id)
+    except BaseException:
+        remove_from_trash(ctx, image_id, force=True)
+        raise
+    # Last: half an image with a protected snapshot could not be taken away.
+    if any(manifest.protected for manifest in chain):
+        with ImageHandle.open(ctx, image_id=image_id) as dest:
+            for snapshot, manifest in zip(_names(chain), chain, strict=True):
+                if manifest.protected:
+                    snapshots.protect(dest, snapshot)
+    return chain
+
+
+def _names(chain: list[Manifest]) -> list[str]:
+    """Of the snapshots; an older one whose name was given again later has its backup's id added."""
+    names: list[str] = []
+    for number, each in enumerate(chain):
+        again = any(later.snapshot == each.snapshot for later in chain[number + 1 :])
+        names.append(f"{each.snapshot}-{each.id[:8]}" if again else each.snapshot)
+    return names
+
+
+def _apply(
+    vault: Vault, manifest: Manifest, dest: ImageHandle, parallel: int, progress: Progress | None, done: int, total: int
+) -> int:
+    if dest.header.size != manifest.size:
+        resize(dest, manifest.size)
+    before_write(dest)
+    for data in _ahead(vault, manifest, max(parallel, 1)):
+        for offset, length, content in decode_part(data, manifest.size):
+            if content is None:
+                dest.data.write_zeroes(offset, length)
+            else:
+                dest.data.write(offset, bytes(content))
+        done += 1
+        report(progress, done, total)
+    dest.data.flush()
+    return done
+
+
+def _ahead(vault: Vault, manifest: Manifest, parallel: int) -> Iterator[bytes]:
+    """The parts in order, some of them fetched before they are asked for."""
+    with ThreadPoolExecutor(parallel, thread_name_prefix="restore") as pool:
+        coming: deque[Future[bytes]] = deque()
+        try:
+            for ref in vault.parts(manifest):
+                coming.append(pool.submit(vault.part, manifest, ref))
+                if len(coming) > parallel:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            for each in coming:
+                each.cancel()
