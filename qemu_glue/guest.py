@@ -84,7 +84,7 @@ class Guest:
         for number, disk in enumerate(disks):
             command += disk.arguments(number)
         if kernel:
-            # no_timer_check: on a busy host the timer is not seen to tick in time, and Linux panics ("IO-APIC + timer").
+            # no_timer_check: on a busy host the timer does not tick in time, and Linux panics ("IO-APIC + timer").
             options = f"console=ttyS0 quiet panic=1 no_timer_check {append}"
             command += ["-kernel", str(kernel), "-append", options]
         if initrd:

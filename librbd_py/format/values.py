@@ -116,11 +116,11 @@ def _init(cls: Any, fields: dict[str, _Field], frozen: bool) -> Any:
             args.append(f"{name}=_{name}_default")
         else:
             args.append(name)
-        body.append(f"_set(self, {name!r}, {value})" if frozen else f"self.{name} = {value}")
+        body.append(f"_set(_it, {name!r}, {value})" if frozen else f"_it.{name} = {value}")
     if hasattr(cls, "__post_init__"):
-        body.append("self.__post_init__()")
+        body.append("_it.__post_init__()")
     lines = "\n ".join(body) or "pass"
-    return _compile(f"def __init__({', '.join(['self', *args])}):\n {lines}", "__init__", known)
+    return _compile(f"def __init__({', '.join(['_it', *args])}):\n {lines}", "__init__", known)
 
 
 def _values(fields: dict[str, _Field], of: str, hashed: bool = False) -> str:

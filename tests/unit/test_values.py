@@ -148,3 +148,16 @@ def test_pickled() -> None:
 
 def test_the_names_are_those_of_the_standard_one() -> None:
     assert field is not None and set(values.__all__) <= set(dataclasses.__all__)
+
+
+def test_a_field_may_be_called_self() -> None:
+    """As one of image/ownership.py is."""
+
+    @values.dataclass(frozen=True)
+    class Who:
+        name: str
+        self: bool = False
+
+    who = Who("a", True)
+    assert (who.name, who.self) == ("a", True)
+    assert who == Who("a", self=True)

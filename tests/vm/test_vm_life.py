@@ -42,7 +42,7 @@ class Host:
 
     def boot(self, image: str, *more: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         words = ["--kernel", str(self.rig.kernel.vmlinuz), "--initrd", str(self.rig.initrd), "--accel", self.rig.accel]
-        append = "console=ttyS0 quiet panic=1 rbdpy.mode=idle rbdpy.start=0"
+        append = "console=ttyS0 quiet panic=1 no_timer_check rbdpy.mode=idle rbdpy.start=0"
         return self("boot", image, *words, "--append", append, "--memory", "160", "--net", "none", *more, code=code)
 
     def states(self) -> dict[str, str]:
