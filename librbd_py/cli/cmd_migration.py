@@ -151,7 +151,7 @@ def commit(session: Session) -> None:
 def _require_no_descendants(session: Session, status: dict[str, Any]) -> None:
     """Failure (16): the image has clones, which may be open read-only and would not notice, and no --force."""
     pool = session.cluster.pool_reverse_lookup(status["dest_pool_id"])
-    where = Spec(pool, status["dest_pool_namespace"], "")
+    where = Spec(pool or "", status["dest_pool_namespace"], "")
     with session.image(where, read_only=True, image_id=status["dest_image_id"]) as image:
         children = list(image.list_descendants())
     if not children:
@@ -191,6 +191,6 @@ def status(session: Session) -> None:
         name, image_id = rows[f"{side}_image_name"], rows[f"{side}_image_id"]
         if pool == -1:
             continue
-        where = session.cluster.pool_reverse_lookup(pool) + (f"/{space}" if space else "")
+        where = f"{session.cluster.pool_reverse_lookup(pool)}" + (f"/{space}" if space else "")
         print(f"{side}: {where}/{name} ({image_id})")
     print(f"state: {state}{described}")

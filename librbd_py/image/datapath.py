@@ -9,18 +9,20 @@ from __future__ import annotations
 import atexit
 import errno
 import itertools
+import logging
 import os
 import select
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from librbd_py.format.values import dataclass
 from librbd_py.native import check, ffi, lib
 
-from .events import EVENTS, IO_ERROR, LOCK_NEEDED, LOST, READ_ERROR
+from .events import EVENTS, IO_ERROR, LOCK_NEEDED, LOST, OBJECT_WANTED, READ_ERROR
 from .view import NO_MAP, ObjectMapKeeper, ViewSpec
 
 READ, WRITE, DISCARD, WRITE_ZEROES, WRITESAME, COMPARE_AND_WRITE, FLUSH = range(7)  # enum req_type
@@ -82,7 +84,8 @@ class View:
         config.read_only = spec.read_only
         config.need_lock = spec.need_lock
         config.parent = self._parent.pointer if self._parent is not None else ffi.NULL
-        config.overlap = spec.overlap if self._parent is not None else 0
+        config.overlap = spec.overlap if self._parent is not None or spec.fetch is not None else 0
+        config.fetch = spec.fetch is not None
         config.discard_granularity = spec.discard_granularity
         error = ffi.new("int *")
         self.pointer: Any = lib.rbdn_view_new(config, error)
@@ -203,6 +206,9 @@ class Reaper:
 
 REAPER = Reaper()
 _IDS = itertools.count(1)
+FETCHERS = 4  # objects that are brought at once, of all images
+_FETCHERS = ThreadPoolExecutor(FETCHERS, "rbdpy-fetch")
+log = logging.getLogger("librbd_py.image")
 
 
 def _happened(image: weakref.ref[NativeImage], lock_needed: Callable[[], None], kind: int, value: int) -> None:
@@ -211,6 +217,8 @@ def _happened(image: weakref.ref[NativeImage], lock_needed: Callable[[], None], 
         lock_needed()
     elif kind in (IO_ERROR, READ_ERROR) and made is not None and made.on_error is not None:
         made.on_error(kind == READ_ERROR, -value)
+    if kind in (OBJECT_WANTED, LOST) and made is not None:
+        made.fetch_wanted()
 
 
 class NativeImage:
@@ -257,6 +265,27 @@ class NativeImage:
             self._spec = spec
         finally:
             view.release()
+
+    def fetch_wanted(self) -> None:
+        """Starts bringing the objects that requests wait for. Does not block."""
+        image = self._image
+        objno, token = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        while image and lib.rbdn_image_wanted(image, objno, token) == 1:
+            _FETCHERS.submit(self._fetch_one, image, objno[0], token[0])
+
+    def _fetch_one(self, image: Any, objno: int, token: int) -> None:
+        what, content = -errno.EIO, b""
+        try:
+            fetch = self._spec.fetch
+            found = fetch(objno) if fetch is not None else True  # an older view's; the newer one looks again
+            what = 2 if isinstance(found, bytes) else 0 if found else 1
+            content = found if isinstance(found, bytes) else b""
+        except OSError as failure:
+            log.warning("image in the data plane, object %d: it cannot be brought: %s", objno, failure)
+            what = -(failure.errno or errno.EIO)
+        except Exception:
+            log.exception("object %d cannot be brought", objno)
+        lib.rbdn_image_fetched(image, token, what, content, len(content))
 
     def block(self, which: int, timeout: float) -> None:
         """Parks new requests (1 writes, 3 everything) and waits for those admitted; ETIMEDOUT leaves it open again."""

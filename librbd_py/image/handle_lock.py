@@ -198,6 +198,8 @@ class HandleLock(HandleMap):
             try:
                 if header.has(ft.OBJECT_MAP):
                     self._take_map(header)
+                if header.migrates:
+                    self._complete_objects()
                 self._owner = True
                 self._publish(header)
             except BaseException:

@@ -23,7 +23,7 @@ from .datapath import NativeImage
 from .header import MAX_PARENTS, Header, header_oid, load
 from .objects import ignoring
 from .plain import PlainData
-from .view import DataObjects, DataPath, ViewSpec
+from .view import DataObjects, DataPath, Fetch, ViewSpec
 
 
 class HandleView(ABC):
@@ -54,6 +54,7 @@ class HandleView(ABC):
         self._next_watcher = 0
         self._lost: OSError | None = None
         self._parents: dict[ParentImageSpec, tuple[ViewSpec, list[DataObjects]]] = {}
+        self._bringer: Fetch | None = None
         self._retired: list[DataObjects] = []  # parents of older views; requests in flight may still read them
         pool = header.data_pool_id
         self.data_ctx = ctx if pool in (-1, ctx.pool_id) else ctx.store.open(pool, ctx.namespace)
@@ -157,7 +158,23 @@ class HandleView(ABC):
             need_lock=self._locks(header) and not self._owner,
             parent=self._parent_view(header, snap_id) if overlap else None,
             overlap=min(overlap, limit),
+            fetch=self._fetcher(header) if overlap and snap_id == NOSNAP and not self.read_only else None,
         )
+
+    def _fetcher(self, header: Header) -> Fetch | None:
+        """An object of an image that migrates comes over with what the source's snapshots hold of it."""
+        from .migration.objects import Bringer
+
+        if not header.migrates or header.migration is None or not header.migration.snap_seqs:
+            return None
+        self._bringer = self._bringer or Bringer(self)
+        return self._bringer
+
+    def _complete_objects(self) -> None:
+        """What a former owner of an image that migrates left half done."""
+        from .migration.objects import complete
+
+        complete(self)
 
     def limit_size(self, size: int | None) -> None:
         """HEAD ends at `size` whatever the header says: while it shrinks."""

@@ -163,7 +163,7 @@ class PlainData:
 
     def _put(self, view: ViewSpec, objno: int, offset: int, data: bytes) -> None:
         whole = offset == 0 and len(data) == view.layout.object_size
-        if not whole or view.snapc.ids:
+        if not whole or view.snapc.ids or view.fetch is not None:
             self._copyup(view, objno)
         self.object_map.exists(objno)
         op: Op = WriteFull(data) if whole else Write(offset, data)
@@ -180,7 +180,7 @@ class PlainData:
                 view.data.ctx.write(oid, [Remove()], view.snapc)
                 self.object_map.gone(objno)
             return
-        if covered and not (offset == 0 and to_end and not view.snapc.ids):
+        if covered and not (offset == 0 and to_end and not view.snapc.ids and view.fetch is None):
             self._copyup(view, objno)
         if offset == 0 and to_end:
             # A tombstone: an empty object hides the parent's.
@@ -197,6 +197,8 @@ class PlainData:
         ranges = parent_ranges(view, objno)
         if not ranges or view.parent is None or self._exists(view, objno):
             return False
+        if view.fetch is not None:
+            return view.fetch(objno) is True
         pieces = [read_view(view.parent, start, length) for start, length in ranges]
         # The parts of an object that lie below the overlap are its beginning.
         data = b"".join(pieces).rstrip(b"\0")

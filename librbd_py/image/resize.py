@@ -53,6 +53,10 @@ def _resize(handle: ImageHandle, size: int, allow_shrink: bool, progress: Progre
             finally:
                 handle.limit_size(None)
         else:
+            if header.migrates:
+                from .migration.execute import bring_hidden
+
+                bring_hidden(handle)
             with handle.quiesced():
                 resize_map(handle, size)
                 set_size(handle, size)

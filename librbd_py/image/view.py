@@ -6,7 +6,7 @@ The C engine has its own form of it (`rbdn_view`, made in `datapath.py`); `plain
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from librbd_py.format.values import dataclass
@@ -44,6 +44,11 @@ class DataObjects:
             native.close()
 
 
+# Brings an object over: True, it is here now; False, there is nothing, and what is not written reads as zeros; bytes:
+# it stays away, and this is what it holds (nothing of it may be changed through the view). Any thread; OSError.
+Fetch = Callable[[int], bool | bytes]
+
+
 @dataclass(frozen=True)
 class ViewSpec:
     size: int  # bytes
@@ -55,6 +60,7 @@ class ViewSpec:
     need_lock: bool = False  # writes wait for the exclusive lock
     parent: ViewSpec | None = None  # a view at a snapshot
     overlap: int = 0  # bytes of the parent seen through this view
+    fetch: Fetch | None = None  # absent objects within the overlap, before they are changed; without a parent, or read
     discard_granularity: int = DISCARD_GRANULARITY
 
     def chain(self) -> list[ViewSpec]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from librbd_py.errors import rbd as exceptions
 from librbd_py.errors import rbd_errors
 from librbd_py.image.migration import execute, finish, prepare, records
 
@@ -34,6 +35,10 @@ class Migrations:
         chosen = options(order, features, stripe_unit, stripe_count, data_pool)
         with rbd_errors(f"error migrating image {name}"):
             prepare.prepare(context(ioctx), name, context(dest_ioctx), dest, chosen, flatten=flatten)
+
+    def migration_prepare_import(self, *args: Any, **named: Any) -> None:
+        """Not supported: FunctionNotSupported."""
+        raise exceptions.FunctionNotSupported("migration_prepare_import is not supported", 38)
 
     def migration_execute(self, ioctx: Any, image_name: str | bytes, on_progress: OnProgress = None) -> None:
         """By the name of either image. ImageNotFound; InvalidArgument: it is not prepared."""

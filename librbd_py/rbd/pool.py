@@ -317,7 +317,6 @@ def _refuse(name: str) -> Any:
 
 
 for _name in (
-    "migration_prepare_import",
     "mirror_image_info_list",
     "mirror_image_instance_id_list",
     "mirror_image_status_list",

@@ -2,11 +2,15 @@
  *
  * Writers of one absent object share one copy-up: the first starts it, the others wait, and all of them try their own
  * operation again afterwards. The buffers of all copy-ups of the process are bounded: more of them wait their turn.
+ *
+ * Of a view with `fetch` it is Python that brings the object, with all its snapshots; readers wait for it too, where there
+ * is no parent to read from.
  */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/event.h"
 #include "engine/piece.h"
 
 #define BUFFERS_MAX (64ULL << 20) /* bytes; one copy-up may always run */
@@ -21,6 +25,9 @@ struct copyup {
     uint64_t objno, len;    /* bytes of the object that the parent covers */
     uint8_t *buffer;
     bool zero;              /* the parent has nothing but zeros */
+    bool fetch, taken;      /* Python brings it; knows of it (image->copyup_lock) */
+    const uint8_t *given;   /* by Python, for those who read */
+    uint64_t given_len;
     bool only;              /* it was begun by a flatten, not by a write */
     bool blocking;          /* the thread that starts it may block */
 };
@@ -74,13 +81,19 @@ static void end(struct copyup *c, int err, bool blocking)
     struct piece *p = c->waiters;
     pthread_mutex_unlock(&i->copyup_lock);
     bool zero = c->zero;
+    const uint8_t *given = c->given;
+    uint64_t given_len = c->given_len;
     free(c->buffer);
-    budget_give(c->len);
+    if (!c->fetch)
+        budget_give(c->len);
     free(c);
     for (struct piece *next; p; p = next) {
         next = p->next;
         p->blocking = blocking;
-        write_copied(p, err, zero);
+        if (p->step == PIECE_READ && p->req)
+            read_fetched(p, err, zero, given, given_len);
+        else
+            write_copied(p, err, zero);
     }
 }
 
@@ -169,6 +182,7 @@ void copyup_join(struct piece *p)
         c->len = view_parent_prefix(v, c->objno);
         c->blocking = p->blocking;
         c->only = !p->req;
+        c->fetch = v->fetch;
         c->job.run = begin_job;
         c->job.owner = c;
         c->next = i->copyups;
@@ -178,11 +192,54 @@ void copyup_join(struct piece *p)
         p->next = c->waiters;
         c->waiters = p;
     }
+    bool fetch = v->fetch; /* from here on somebody else may finish the piece, and the view with it */
+    uint64_t id = i->id;
     pthread_mutex_unlock(&i->copyup_lock);
-    if (!c)
+    if (!c && p->step == PIECE_READ && p->req)
+        read_fetched(p, -ENOMEM, false, NULL, 0);
+    else if (!c)
         write_copied(p, -ENOMEM, false);
+    else if (first && fetch)
+        event_post(EVENT_OBJECT_WANTED, id, 0);
     else if (first && budget_take(c))
         begin(c);
+}
+
+int rbdn_image_wanted(rbdn_image *i, uint64_t *objno, uint64_t *token)
+{
+    struct copyup *oldest = NULL;
+    pthread_mutex_lock(&i->copyup_lock);
+    for (struct copyup *c = i->copyups; c; c = c->next)
+        if (c->fetch && !c->taken)
+            oldest = c;
+    if (oldest) {
+        oldest->taken = true;
+        *objno = oldest->objno;
+        *token = (uintptr_t)oldest;
+    }
+    pthread_mutex_unlock(&i->copyup_lock);
+    return oldest != NULL;
+}
+
+int rbdn_image_fetched(rbdn_image *i, uint64_t token, int what, const void *buf, uint64_t len)
+{
+    static const uint8_t nothing;
+    pthread_mutex_lock(&i->copyup_lock);
+    struct copyup *c = i->copyups;
+    while (c && ((uintptr_t)c != token || !c->taken))
+        c = c->next;
+    pthread_mutex_unlock(&i->copyup_lock);
+    if (!c)
+        return -ENOENT;
+    c->zero = what == 1;
+    if (what == 2) {
+        c->given = len ? buf : &nothing;
+        c->given_len = len;
+    }
+    if (what < 0)
+        image_store_error(i, true, what);
+    end(c, what < 0 ? what : 0, true);
+    return 0;
 }
 
 struct object_wait {

@@ -20,6 +20,7 @@ enum event_type {
     /* source = export id: a session's first ring starts; value = number of the switch-over since the last such event,
      * 0 when there was none. */
     EVENT_EXPORT_RINGS = 10,
+    EVENT_OBJECT_WANTED = 11, /* source = image id: rbdn_image_wanted() has something */
 };
 void event_post(int type, uint64_t source, int64_t value);
 #endif

@@ -42,17 +42,19 @@ struct view { /* immutable but for refs */
     uint64_t snap_id;
     struct snapc *snapc; /* NULL: no snapshots */
     bool read_only, need_lock;
+    bool fetch; /* what Python must bring before it is changed, or without a parent, read */
     struct view *parent;
-    uint64_t overlap; /* bytes; 0 without a parent */
+    uint64_t overlap; /* bytes; 0 without a parent and fetch */
     uint64_t discard_granularity;
 };
 
 struct view *view_get(struct view *);
 
-/* How much of the object, from its start, is covered by the parent when the object is absent. Bytes. */
+/* How much of the object, from its start, is covered by the parent, or by what is to be fetched, when the object is
+ * absent. Bytes. */
 static inline uint64_t view_parent_prefix(const struct view *v, uint64_t objno)
 {
-    return v->parent ? striping_prefix(&v->striping, objno, v->overlap) : 0;
+    return v->overlap ? striping_prefix(&v->striping, objno, v->overlap) : 0;
 }
 
 /* --- gate.c ------------------------------------------------------------------------------------------------------- */

@@ -63,6 +63,10 @@ enum step_outcome read_absent(struct piece *p, int *err)
     } else {
         len = p->op.len;
     }
+    if (!v->parent) {
+        copyup_join(p);
+        return STEP_WAITS;
+    }
     struct stripe_extent e;
     if (v->striping.count == 1 &&
         stripe_single(&v->parent->striping, (p->op.objno << v->striping.order) + off, len, &e)) {
@@ -72,6 +76,28 @@ enum step_outcome read_absent(struct piece *p, int *err)
     }
     split_parent(p, len);
     return STEP_WAITS;
+}
+
+static void fill(const struct iovec *iov, uint32_t count, const uint8_t *from, uint64_t len)
+{
+    for (uint32_t n = 0; n < count && len; n++) {
+        uint64_t take = len < iov[n].iov_len ? len : iov[n].iov_len;
+        memcpy(iov[n].iov_base, from, take);
+        from += take;
+        len -= take;
+    }
+}
+
+void read_fetched(struct piece *p, int err, bool zeros, const uint8_t *buf, uint64_t len)
+{
+    uint64_t have = 0;
+    if (!err && buf && len > p->op.off) {
+        have = len - p->op.off < p->op.len ? len - p->op.off : p->op.len;
+        fill(p->op.iov, p->op.iovcnt, buf + p->op.off, have);
+    }
+    if (!err && (buf || zeros))
+        zero(p->op.iov, p->op.iovcnt, have, p->op.len);
+    piece_go(p, err || buf || zeros ? STEP_DONE : STEP_AGAIN, err);
 }
 
 enum step_outcome read_result(struct piece *p, int *err)

@@ -52,7 +52,7 @@ static enum step_outcome prepare_drop(struct piece *p, uint64_t end, uint64_t pr
         p->op.type = prefix ? STORE_TRUNCATE : STORE_REMOVE;
     else
         p->op.type = to >= end ? STORE_TRUNCATE : STORE_ZERO;
-    bool seen = p->op.snapc && p->op.snapc->count > 0;
+    bool seen = p->view->fetch || (p->op.snapc && p->op.snapc->count > 0);
     p->op.flags = whole && prefix && !seen ? STORE_CREATE : 0;
     return STEP_AGAIN;
 }
@@ -83,7 +83,7 @@ static enum step_outcome absent(struct piece *p, int *err)
     if (p->op.type == STORE_WRITE) {
         if (!prefix) /* guarded all the same: zeroes where nothing is */
             return STEP_DONE;
-        if (p->op.off == 0 && p->op.len >= prefix && (!p->op.snapc || p->op.snapc->count == 0)) {
+        if (p->op.off == 0 && p->op.len >= prefix && !p->view->fetch && (!p->op.snapc || p->op.snapc->count == 0)) {
             p->step = PIECE_OWN_COPYUP;
             p->op.type = STORE_COPYUP;
             p->op.flags = 0;

@@ -61,6 +61,8 @@ void read_image(struct image *, struct req *);
 void read_prepare(struct piece *, uint64_t objno, uint64_t off, uint64_t len); /* op.iov holds len bytes */
 enum step_outcome read_result(struct piece *, int *err);
 enum step_outcome read_absent(struct piece *, int *err); /* the object of `view` does not exist: look further up */
+/* After copyup_join. `buf`: the object's beginning; NULL: it is here now, or `zero`. */
+void read_fetched(struct piece *, int err, bool zero, const uint8_t *buf, uint64_t len);
 
 /* io_write.c */
 void write_image(struct image *, struct req *); /* all write-like types but compare-and-write */

@@ -78,11 +78,12 @@ static int view_runs(const struct view *v, uint64_t off, uint64_t len, struct ro
 /* The object is absent: 1 go on, 0 stop, -errno. */
 static int absent_runs(const struct view *v, const struct stripe_extent *e, struct rows *out)
 {
-    uint64_t below = v->parent && v->overlap > e->pos ? v->overlap - e->pos : 0;
+    uint64_t below = v->overlap > e->pos ? v->overlap - e->pos : 0;
     if (below > e->len)
         below = e->len;
     if (below) {
-        int rc = view_runs(v->parent, e->pos, below, out);
+        /* without a parent nobody knows before it is fetched */
+        int rc = v->parent ? view_runs(v->parent, e->pos, below, out) : add(out, below, 0);
         if (rc <= 0)
             return rc;
     }

@@ -18,7 +18,7 @@ static int check(const rbdn_view_config *c)
     if (c->discard_granularity & (c->discard_granularity - 1))
         return -EINVAL;
     if (!c->parent)
-        return c->overlap ? -EINVAL : 0;
+        return c->overlap > (c->fetch ? c->size : 0) ? -EINVAL : 0;
     if (!c->parent->read_only || c->overlap > c->parent->size || c->overlap > c->size)
         return -EINVAL;
     return c->parent->depth + 1 > VIEW_DEPTH_MAX ? -ELOOP : 0;
@@ -64,7 +64,10 @@ rbdn_view *rbdn_view_new(const rbdn_view_config *c, int *err)
         v->parent = view_get(c->parent);
         v->overlap = c->overlap;
         v->depth = c->parent->depth + 1;
+    } else if (!c->parent) {
+        v->overlap = c->overlap;
     }
+    v->fetch = c->fetch && v->overlap;
     return v;
 }
 

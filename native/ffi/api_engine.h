@@ -24,6 +24,8 @@ typedef struct {
     int need_lock;          /* writes park and EVENT_LOCK_NEEDED is posted until a view without it is published */
     rbdn_view *parent;      /* NULL or a view that is read only: at a snapshot, or at a HEAD that nobody changes */
     uint64_t overlap;       /* bytes of the parent seen through this view */
+    int fetch;              /* an object that is absent within the overlap comes through rbdn_image_wanted() before it is
+                               changed; without a parent, before it is read too */
     uint64_t discard_granularity; /* bytes; 0 = none. Ceph's default 65536 */
 } rbdn_view_config;
 
@@ -83,6 +85,13 @@ typedef struct { uint64_t len; uint32_t flags; } rbdn_run;
 int rbdn_image_runs(rbdn_image *i, uint64_t off, uint64_t len, rbdn_run *out, uint32_t max);
 /* Copy one object of the parent into the image (flatten): 0 done, 1 nothing to do (exists, or beyond the overlap). */
 int rbdn_image_copyup(rbdn_image *i, uint64_t objno);
+
+/* Objects that requests wait for, of views with `fetch`: 1 and the next one (each is given once), or 0. Never blocks.
+ * EVENT_OBJECT_WANTED says when to ask. */
+int rbdn_image_wanted(rbdn_image *i, uint64_t *objno, uint64_t *token);
+/* The answer, for every token. `what`: 0 it is here now; 1 there is nothing, and what is not written reads as zeros; 2 `buf`
+ * is what it holds, good for the reads that wait; -errno. Runs the requests; may block. -ENOENT: no such token. */
+int rbdn_image_fetched(rbdn_image *i, uint64_t token, int what, const void *buf, uint64_t len);
 
 /* Events (native/engine/event.h). */
 int rbdn_event_fd(void);

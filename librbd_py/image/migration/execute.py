@@ -24,6 +24,7 @@ from ..proxy import perform
 from ..resize import known_states, map_keeper
 from ..transfer_data import each
 from .existing import any_version
+from .objects import bring
 from .records import Pair, find, set_both
 
 STRETCH = 256  # objects brought before the lock may move to whoever waits for it
@@ -84,7 +85,21 @@ def bring_all(handle: ImageHandle, progress: Progress | None = None) -> None:
         handle.data.flush()
 
 
+def bring_hidden(handle: ImageHandle) -> None:
+    """What only snapshots hold, beyond the end of HEAD. Before HEAD grows: a write there looks for nothing below."""
+    header = handle.header
+    if header.migrates and header.migration is not None and header.migration.snap_seqs:
+        each(lambda objno: _bring(handle, header, objno), [n for n in _wanted(handle) if _hidden(header, n)])
+
+
+def _hidden(header: Header, objno: int) -> bool:
+    return header.layout.used(objno, header.overlap_at(NOSNAP)) == 0
+
+
 def _bring(handle: ImageHandle, header: Header, objno: int) -> None:
+    if _hidden(header, objno):
+        bring(handle, objno)  # no request gets there
+        return
     handle.data.copyup(objno)
     if header.clone_of.exists and not exists(handle.data_ctx, handle.objects.oid(objno)):
         # Nothing but zeros at the source, but later the parent of both would be seen in its place.

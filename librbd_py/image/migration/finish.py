@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from librbd_py.format import header as fh
 from librbd_py.format import names
-from librbd_py.format.header import MIGRATION_ABORTING, MIGRATION_EXECUTED
+from librbd_py.format.header import MIGRATION_ABORTING, MIGRATION_EXECUTED, MIGRATION_EXECUTING, MIGRATION_PREPARED
 from librbd_py.store.api import NOSNAP, ObjectContext
 
 from .. import cls, group, snapshots
@@ -21,6 +21,7 @@ from ..progress import Progress, report
 from ..resize import resize
 from ..trash import finish_removal, restore
 from .existing import objects_of
+from .objects import complete
 from .records import Pair, Side, find, forget, record, set_both
 from .relink import move_children, move_group
 
@@ -74,6 +75,12 @@ def abort(ctx: ObjectContext, name: str, progress: Progress | None = None) -> No
 def abort_pair(pair: Pair, progress: Progress | None, opened: ImageHandle | None = None) -> None:
     """`opened`: the source, where the caller has it open already."""
     source, dest = pair.source, pair.dest
+    if dest.spec is not None and dest.spec.state in (MIGRATION_PREPARED, MIGRATION_EXECUTING):
+        with ImageHandle.open(dest.ctx, image_id=dest.id) as made:
+            if other_watchers(made):
+                raise OSError(errno.EBUSY, f"image {dest.name} is open elsewhere")
+            with made.exclusive():
+                complete(made)  # or half of an object would be carried back
     with _opened(source, opened) as handle:
         if exists(dest.ctx, dest.oid):
             _undo_dest(pair, handle, progress)

@@ -113,8 +113,6 @@ def _options(header: Header, options: CreateOptions) -> CreateOptions:
 
 
 def _check_snapshots(handle: ImageHandle, features: int) -> None:
-    if handle.header.snaps:
-        raise OSError(errno.ENOTSUP, "images with snapshots do not migrate yet")
     for snap in handle.header.snaps.values():
         if not snap.is_user:
             what = "needed by clones" if snap.is_trash else "of a group or a mirror"
