@@ -15,15 +15,17 @@ import select
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 from librbd_py.format.values import dataclass
 from librbd_py.native import check, ffi, lib
 
 from .events import EVENTS, IO_ERROR, LOCK_NEEDED, LOST, OBJECT_WANTED, READ_ERROR
 from .view import NO_MAP, ObjectMapKeeper, ViewSpec
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 READ, WRITE, DISCARD, WRITE_ZEROES, WRITESAME, COMPARE_AND_WRITE, FLUSH = range(7)  # enum req_type
 KINDS = dict(enumerate(("read", "write", "discard", "write_zeroes", "writesame", "compare_and_write", "flush")))
@@ -207,7 +209,6 @@ class Reaper:
 REAPER = Reaper()
 _IDS = itertools.count(1)
 FETCHERS = 4  # objects that are brought at once, of all images
-_FETCHERS = ThreadPoolExecutor(FETCHERS, "rbdpy-fetch")
 log = logging.getLogger("librbd_py.image")
 
 
@@ -219,6 +220,13 @@ def _happened(image: weakref.ref[NativeImage], lock_needed: Callable[[], None], 
         made.on_error(kind == READ_ERROR, -value)
     if kind in (OBJECT_WANTED, LOST) and made is not None:
         made.fetch_wanted()
+
+
+@cache
+def _fetchers() -> Executor:
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(FETCHERS, "rbdpy-fetch")
 
 
 class NativeImage:
@@ -271,7 +279,7 @@ class NativeImage:
         image = self._image
         objno, token = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         while image and lib.rbdn_image_wanted(image, objno, token) == 1:
-            _FETCHERS.submit(self._fetch_one, image, objno[0], token[0])
+            _fetchers().submit(self._fetch_one, image, objno[0], token[0])
 
     def _fetch_one(self, image: Any, objno: int, token: int) -> None:
         what, content = -errno.EIO, b""

@@ -57,8 +57,7 @@ _FILES = {
         "group_snap_get_by_id group_snap_list"
     ),
     ("rbd_object_map", "rbd"): (
-        "object_map_load object_map_save object_map_resize object_map_update object_map_snap_add "
-        "object_map_snap_remove"
+        "object_map_load object_map_save object_map_resize object_map_update object_map_snap_add object_map_snap_remove"
     ),
     ("rbd_data", "rbd"): "copyup sparse_copyup sparsify assert_snapc_seq",
     ("hello", "hello"): "say_hello record_hello replay",
