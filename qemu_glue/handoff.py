@@ -224,8 +224,8 @@ class HandOff:
                 await self._came()
             case "left" if self._alone:
                 await self._left()
-            case "taken" if self._alone:
-                await self._forget_taken()
+            case "taken":
+                await (self._forget_taken() if self._alone else self._came())
 
     # --- source
 

@@ -6,6 +6,7 @@ packing works on whole strings at a time.
 
 from __future__ import annotations
 
+import sys
 from array import array
 from functools import cache, lru_cache
 
@@ -22,17 +23,29 @@ HEADER_LENGTH = 14  # of the header blob, without its length
 DATA_OFFSET = 4 + HEADER_LENGTH  # where packed data starts
 
 
+def _linear(basis: list[int]) -> array[int]:
+    """The table of a linear function: its values at 1, 2, 4, ... are given, and f(x ^ y) is f(x) ^ f(y)."""
+    table = bytes(4)
+    for value in basis:
+        more = int.from_bytes(table, sys.byteorder) ^ int.from_bytes(
+            value.to_bytes(4, sys.byteorder) * (len(table) // 4), sys.byteorder
+        )
+        table += more.to_bytes(len(table), sys.byteorder)
+    return array("I", table)
+
+
 @cache
 def _tables() -> tuple[array[int], array[int]]:
-    """CRC-32C over 16 bits, and over 16 bits followed by 16 zero bits."""
-    byte = []
-    for value in range(256):
-        for _ in range(8):
+    """CRC-32C over 16 bits, and over 16 bits followed by 16 zero bits. Made in a millisecond: a VM that has just moved
+    waits for its first map."""
+
+    def shifted(value: int, bits: int) -> int:
+        for _ in range(bits):
             value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        byte.append(value)
-    one = [byte[(byte[i & 0xFF] ^ i >> 8) & 0xFF] ^ (byte[i & 0xFF] ^ i >> 8) >> 8 for i in range(65536)]
-    two = [one[value & 0xFFFF] ^ value >> 16 for value in one]
-    return array("I", one), array("I", two)
+        return value
+
+    one, two = (_linear([shifted(1 << bit, bits) for bit in range(16)]) for bits in (16, 32))
+    return one, two
 
 
 @lru_cache(maxsize=256)
