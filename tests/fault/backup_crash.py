@@ -84,6 +84,15 @@ def restored(folder: str, place: str, at: int) -> object:
     return image_crash.run("restore of a backup", folder, at)
 
 
+def again(folder: str, place: str) -> bool:
+    """False: the image was there already, whole."""
+    try:
+        restored(folder, place, 0)
+    except FileExistsError:
+        return False
+    return True
+
+
 def look(place: str) -> dict[str, Any]:
     """What a check says, and which backups are complete."""
     vault = Vault(FolderTarget(place))
@@ -104,7 +113,7 @@ def clean(place: str) -> None:
 
 CALLS = {
     "prepare": prepare, "backup": backup, "remove": remove, "restore": restored, "look": look, "clean": clean,
-    "survey": survey, "tidy": tidy,
+    "again": again, "survey": survey, "tidy": tidy,
 }  # fmt: skip
 
 
