@@ -582,8 +582,8 @@ class HeaderControl:
                 wire.set_cookie(ctx, oid, old, new)
             case le.Mark(_, owner, new):
                 wire.mark(ctx, oid, owner, new)
-            case le.TakeOffer(_, cookie, owner, mark):
-                wire.take(ctx, oid, owner, cookie, mark)
+            case le.TakeOffer(_, cookie, owner, mark, record):
+                wire.take(ctx, oid, owner, cookie, mark, record)
             case _:
                 raise AssertionError(operation)
         return None

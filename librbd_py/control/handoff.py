@@ -33,7 +33,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from librbd_py.control import lock_events as le
-from librbd_py.control.lock_events import Done, Locker, LockState
+from librbd_py.control.lock_events import Done, Locker, LockState, LockView
 from librbd_py.format.lock import Offer, auto_cookie
 from librbd_py.format.values import replace
 
@@ -229,7 +229,7 @@ def retract_looked(m: LockMachine, done: Done) -> None:
         offer = Offer.parse(owner.mark) if owner is not None else None
         if offer is not None and offer.meant_for(m.hand.offer.key) and m.handle_now is not None and m.wanted:
             m.hand.offer = m.hand.record = None
-            take(m, owner, offer.taken)  # it was taken, and the VM comes home already
+            take(m, done.value, offer.taken)  # it was taken, and the VM comes home already
         else:
             _not_back(m, errno.ESTALE)
 
@@ -271,16 +271,17 @@ def took(m: LockMachine, gid: int, handle: int) -> None:
     standby = m.hand.standby
     ours = gid == m.gid and handle in m._handles  # late: of the VM's stay before
     if standby is not None and standby.owner is not None and not ours:
-        m.hand.standby = replace(standby, left=False, strange=gid != standby.owner.gid)
+        m.hand.standby = replace(standby, left=False, strange=standby.strange or gid != standby.owner.gid)
 
 
 def let_go(m: LockMachine, gid: int) -> None:
     """A client announced that it has let the lock go."""
     standby = m.hand.standby
     if standby is not None and standby.owner is not None:
-        ours = gid == m.gid != standby.owner.gid
-        left = standby.left if ours else gid == standby.owner.gid and not standby.strange
-        m.hand.standby = replace(standby, left=left)
+        if gid == standby.owner.gid:
+            m.hand.standby = replace(standby, left=not standby.strange)
+        elif gid != m.gid:  # else late: of the VM's stay before
+            m.hand.standby = replace(standby, left=False, strange=True)  # so it had the lock
 
 
 def deaf(m: LockMachine) -> None:
@@ -327,13 +328,14 @@ def overtaken(m: LockMachine) -> bool:
     return standby is not None and standby.owner is not None and not standby.left
 
 
-def take(m: LockMachine, owner: Locker, mark: str) -> None:
+def take(m: LockMachine, view: LockView, mark: str) -> None:
     """Puts us in the place of an owner that offers the lock, or is fenced."""
-    assert m.handle_now is not None
+    owner, record = view.owner, view.record
+    assert m.handle_now is not None and owner is not None
     m.cookie = cookie = auto_cookie(m.handle_now)
     m._mine.add(cookie)
     m.hand.mark = mark
-    m._do(S.TAKING, lambda op: le.TakeOffer(op, cookie, owner, mark))
+    m._do(S.TAKING, lambda op: le.TakeOffer(op, cookie, owner, mark, record))
 
 
 def taking_done(m: LockMachine, done: Done) -> None:

@@ -427,7 +427,7 @@ class LockMachine:
         elif isinstance(verdict, int):
             self._refuse(verdict)
         elif verdict is not None and owner is not None:
-            handoff.take(self, owner, verdict.taken)
+            handoff.take(self, self._seen, verdict.taken)
         elif owner is None:
             self.hand.mark = ""
             self._mine.add(cookie)
@@ -523,7 +523,7 @@ class LockMachine:
         owner = self._seen.owner
         assert owner is not None
         if self.hand.standby is not None:
-            handoff.take(self, owner, "")  # in its place, so that nobody comes in between
+            handoff.take(self, self._seen, "")  # in its place, so that nobody comes in between
         else:
             self._do(S.BREAKING, lambda op: Break(op, owner))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import field
 from enum import Enum, auto
 from typing import Any
 
@@ -21,10 +22,12 @@ class Locker:
 
 @dataclass(frozen=True)
 class LockView:
-    """The lock as read. `foreign`: shared, or of another tag or cookie form, so never ours to ask or break."""
+    """The lock as read. `foreign`: shared, or of another tag or cookie form, so never ours to ask or break. `record`:
+    the bytes in the store."""
 
     owner: Locker | None = None
     foreign: bool = False
+    record: bytes = field(default=b"", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ class TakeBack(Event):
 class StandBy(Event):
     """A VM comes here whose lock `owner` has now (None: nobody). `left`: that owner has said since that it let the lock
     go, and nobody has said that he took it: a VM that was paused before it moved, or its program ended (NBD).
-    `strange`: somebody else has said that he took it, so what the owner says of leaving may be old."""
+    `strange`: somebody else has said that he took it, so what the owner says may be old until it is seen there."""
 
     key: str
     owner: Locker | None
@@ -262,12 +265,13 @@ class Mark:
 @dataclass(frozen=True)
 class TakeOffer:
     """Puts this client with `cookie` in the place of the locker `owner`, if the lock is exactly theirs, in one step:
-    Done(ECANCELED)."""
+    Done(ECANCELED). `record`: the lock's bytes when the owner was read."""
 
     op: int
     cookie: str
     owner: Locker
     mark: str
+    record: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from librbd_py.control.lock_events import Locker, LockView
 from librbd_py.format import lock as fl
 from librbd_py.format import notify as nf
 from librbd_py.format.encoding import NEVER, DecodeError
-from librbd_py.store.api import CmpXattr, GetXattr, ListWatchers, ObjectContext, SetXattr
+from librbd_py.store.api import CmpXattr, Exec, GetXattr, GetXattrs, ListWatchers, ObjectContext, SetXattr
+
+_RECORD = fl.XATTR_PREFIX + fl.RBD_LOCK_NAME
 
 # Told to all watchers, not asked of the lock owner.
 TO_ALL = (nf.AsyncProgress, nf.AsyncComplete, nf.Quiesce, nf.Unquiesce)
@@ -53,16 +55,17 @@ def wants_result(message: nf.Message) -> bool:
 
 
 def get_lock(ctx: ObjectContext, oid: str) -> LockView:
-    """Who holds the lock. ENOENT when the object is gone."""
-    state = fl.LockState.decode(ctx.exec(oid, "lock", "get_info", fl.InfoRequest(fl.RBD_LOCK_NAME).encode()))
+    """Who holds the lock, and the record that says so. ENOENT when the object is gone."""
+    ask = Exec("lock", "get_info", fl.InfoRequest(fl.RBD_LOCK_NAME).encode())
+    info, xattrs = ctx.read(oid, [ask, GetXattrs()])
+    state = fl.LockState.decode(info)
     if not state.lockers:
         return LockView()
-    (locker_id, info), *others = state.lockers.items()
-    owner = Locker(locker_id.entity.number, locker_id.cookie, info.address.text, info.description)
+    (locker_id, about), *others = state.lockers.items()
+    owner = Locker(locker_id.entity.number, locker_id.cookie, about.address.text, about.description)
     ours = state.type == fl.LOCK_EXCLUSIVE and state.tag == fl.RBD_LOCK_TAG and not others
-    return LockView(
-        owner, not ours or locker_id.entity.type != fl.ENTITY_CLIENT or fl.parse_auto_cookie(owner.cookie) is None
-    )
+    foreign = not ours or locker_id.entity.type != fl.ENTITY_CLIENT or fl.parse_auto_cookie(owner.cookie) is None
+    return LockView(owner, foreign, xattrs.get(_RECORD, b""))
 
 
 def lock(ctx: ObjectContext, oid: str, cookie: str) -> None:
@@ -97,33 +100,32 @@ def mark(ctx: ObjectContext, oid: str, owner: Locker, description: str) -> None:
     _exchange(ctx, oid, owner, change)
 
 
-def take(ctx: ObjectContext, oid: str, owner: Locker, cookie: str, description: str) -> None:
+def take(ctx: ObjectContext, oid: str, owner: Locker, cookie: str, description: str, record: bytes = b"") -> None:
     """Puts this client, with `cookie`, in the place of the locker `owner`. ECANCELED unless the lock is held by exactly
-    that one; of several who try one succeeds."""
+    that one; of several who try one succeeds. `record`: the lock's as it was read with the owner, to read it once."""
     client = ctx.store.client
 
     def change(key: fl.LockerId, info: fl.LockerInfo) -> tuple[fl.LockerId, fl.LockerInfo]:
         entity = fl.EntityName(fl.ENTITY_CLIENT, client.gid)
         return fl.LockerId(entity, cookie), fl.LockerInfo(NEVER, fl.EntityAddress.parse(client.address), description)
 
-    _exchange(ctx, oid, owner, change)
+    _exchange(ctx, oid, owner, change, record)
 
 
 Exchange = Callable[[fl.LockerId, fl.LockerInfo], tuple[fl.LockerId, fl.LockerInfo]]
 
 
-def _exchange(ctx: ObjectContext, oid: str, owner: Locker, change: Exchange) -> None:
+def _exchange(ctx: ObjectContext, oid: str, owner: Locker, change: Exchange, record: bytes = b"") -> None:
     """Compare and set on the class lock's own record: the class has no method that moves a lock to another client
     without a moment in which nobody holds it."""
-    name = fl.XATTR_PREFIX + fl.RBD_LOCK_NAME
-    raw = ctx.read(oid, [GetXattr(name)])[0]
-    state = fl.LockState.decode(raw)
+    record = record or ctx.read(oid, [GetXattr(_RECORD)])[0]
+    state = fl.LockState.decode(record)
     held = [Locker(k.entity.number, k.cookie, i.address.text, i.description) for k, i in state.lockers.items()]
     if held != [owner]:
         raise OSError(errno.ECANCELED, f"{oid}: the lock is not {owner}'s any more")
     ((key, info),) = state.lockers.items()
     new = fl.LockState(dict([change(key, info)]), state.type, state.tag)
-    ctx.write(oid, [CmpXattr(name, raw), SetXattr(name, new.encode())])
+    ctx.write(oid, [CmpXattr(_RECORD, record), SetXattr(_RECORD, new.encode())])
 
 
 def is_watching(ctx: ObjectContext, oid: str, owner: Locker) -> bool:

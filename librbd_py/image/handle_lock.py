@@ -191,13 +191,11 @@ class HandleLock(HandleMap):
         with self._state:
             if self.closed:
                 raise OSError(errno.ESHUTDOWN, "the image is closed")
-            header = self._load()
             native = self.objects.native
             if native is not None:
                 native.own(OWN_SECONDS)
             try:
-                if header.has(ft.OBJECT_MAP):
-                    self._take_map(header)
+                header = self._take_map()
                 if header.migrates:
                     self._complete_objects()
                 self._owner = True

@@ -20,12 +20,31 @@ log = logging.getLogger("librbd_py.image")
 class HandleMap(HandleView):
     """With the exclusive lock comes the HEAD object map: it is locked and kept as long as this handle owns the lock."""
 
-    def _take_map(self, header: Header) -> None:
+    def _take_map(self) -> Header:
+        """After the image's lock. Returns the header as it is then. The map's lock comes before the header: what the
+        header says of the map is believed, and an owner that is gone may have changed both until then."""
+        likely = self._header.has(ft.OBJECT_MAP)
+        failure = self._lock_map() if likely else None
+        header = self._load()
+        if header.has(ft.OBJECT_MAP) != likely:  # changed while nobody here looked
+            failure = self._lock_map() if not likely else None
+            header = self._load()
+        if header.has(ft.OBJECT_MAP):
+            try:
+                if failure is not None:
+                    raise failure
+                self._load_map(header, header.flags)
+            except OSError as problem:
+                self.map_failed(problem)
+                header = self._load()
+        return header
+
+    def _lock_map(self) -> OSError | None:
         try:
             object_map.lock(self.ctx, self.id)
-            self._load_map(header)
         except OSError as failure:
-            self.map_failed(failure)
+            return failure
+        return None
 
     def _give_map(self) -> None:
         """Before the lock goes. OSError: the map stays ours, and kept."""
@@ -42,15 +61,18 @@ class HandleMap(HandleView):
         if self._owner:
             self._load_map(self._header)
 
-    def _load_map(self, header: Header) -> None:
-        """Under a gate closed for writes."""
+    def _load_map(self, header: Header, flags: int | None = None) -> None:
+        """Under a gate closed for writes. `flags`: HEAD's, where they were read after whatever led here."""
         self._keep_map(NO_MAP)
         if self.keeps_map or not header.has(ft.OBJECT_MAP):
             return
         native = self.objects.native
         if native is None or isinstance(self.data, PlainData):
             self._keep_map(HeadMap(self.ctx, self.id, self.map_failed))
-        elif not self._load().flags_at(NOSNAP) & ft.FLAG_OBJECT_MAP_INVALID:
+            return
+        if flags is None:
+            flags = self._load().flags
+        if not flags & ft.FLAG_OBJECT_MAP_INVALID:
             # C believes what the map says of absence, so the flags are read after whatever led here.
             states = bytes(object_map.load(self.ctx, self.id))
             diff, lock = header.has(ft.FAST_DIFF), object_map.ASSERT_LOCKED

@@ -231,7 +231,8 @@ class HandleView(ABC):
             finally:
                 with self._state:
                     self.snap_id = snap_id
-                    self._publish()
+                    if not self.closed:  # by another thread, which an operation asked for by a peer does not stop
+                        self._publish()
 
     @property
     def native(self) -> NativeImage:

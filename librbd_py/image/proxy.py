@@ -206,7 +206,8 @@ class Served:
                 operation(self._handle, message, progress)
                 results.put(0)
             except OSError as failure:
-                results.put(-(failure.errno or errno.EIO))
+                # Closed or fenced meanwhile: the requester looks who owns the lock now, and asks that one.
+                results.put(-errno.ERESTART if failure.errno == errno.ESHUTDOWN else -(failure.errno or errno.EIO))
             except Exception:
                 log.exception("image %s: %s", self._handle.id, message)
                 results.put(-errno.EIO)

@@ -473,7 +473,7 @@ class World:
                         raise Violation(f"the generation {offer.nonce} is offered twice")
                     self.offered_at[offer.nonce] = len(self.owners)
                 return 0, None
-            case le.TakeOffer(_, cookie, owner, mark):
+            case le.TakeOffer(_, cookie, owner, mark, _):
                 if self.owner != owner:
                     return errno.ECANCELED, None
                 offer = Offer.parse(owner.mark)
