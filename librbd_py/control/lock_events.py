@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import field
 from enum import Enum, auto
 from typing import Any
 
-from librbd_py.format.values import dataclass
+from librbd_py.format.values import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class LockView:
 
     owner: Locker | None = None
     foreign: bool = False
-    record: bytes = field(default=b"", compare=False, repr=False)
+    record: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
