@@ -137,7 +137,6 @@ def test_a_result_nobody_heard_is_told_again(pair: Pair, monkeypatch: pytest.Mon
 def test_what_the_owner_does_not_know_is_done_with_its_lock(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, other = pair
     assert tell(other, nf.Unknown(99, b"")) == -errno.EOPNOTSUPP
-    assert tell(other, nf.Migrate(request_id(other, 1))) == -errno.EOPNOTSUPP
     monkeypatch.setattr("librbd_py.image.served_ops.OPERATIONS", {})
     owner.handle._served = None
     other.create_snap("s")
