@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
+from librbd_py.image import settings
 from librbd_py.image.datapath import NativeImage
 from librbd_py.image.handle import ImageHandle
 from librbd_py.image.resize import resize
@@ -109,6 +110,11 @@ class Node:
             handle = ImageHandle.open(
                 context, arguments["image"], snapshot=arguments["snapshot"], read_only=read_only, former=dead
             )
+            try:
+                handle.configure(settings.of_store(store))
+            except BaseException:
+                handle.close()
+                raise
         except OSError as error:
             if error.errno == errno.ESHUTDOWN:
                 STORES.shut_out(store)

@@ -122,9 +122,10 @@ def _show(session: Session, rows: list[dict[str, str]], last: str) -> None:
     if not session.plain:
         session.show(Rows("config", [Section("option", row) for row in rows]))
         return
-    table = Table(("Name", "left"), ("Value", "left"), (last.capitalize(), "left"))
+    columns = ["name", "value", last, *(["effect"] if rows and "effect" in rows[0] else [])]
+    table = Table(*((name.capitalize(), "left") for name in columns))
     for row in rows:
-        table.add(row["name"], row["value"], row[last])
+        table.add(*(row[name] for name in columns))
     sys.stdout.write(table.text())
 
 
@@ -139,6 +140,10 @@ def _options(session: Session, names: Iterable[str], *layers: tuple[str, dict[st
             if PREFIX + name in overrides:
                 value, source = overrides[PREFIX + name], layer
         rows.append({"name": name, "value": shown(name, value), "source": source})
+        if session.option("effects"):
+            from librbd_py.image.settings import is_honoured
+
+            rows[-1]["effect"] = "honoured" if is_honoured(name) else "without effect"
     return rows
 
 
@@ -226,6 +231,7 @@ def pool_remove(session: Session) -> None:
     *FORMAT,
     spec=("pool-name",),
     alias="config pool ls",
+    more=("effects",),
 )
 def pool_list(session: Session) -> None:
     from librbd_py import rbd
@@ -291,6 +297,7 @@ def image_remove(session: Session) -> None:
     *FORMAT,
     spec=("image-spec",),
     alias="config image ls",
+    more=("effects",),
 )
 def image_list(session: Session) -> None:
     from librbd_py import rbd

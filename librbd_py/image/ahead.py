@@ -10,7 +10,6 @@ from typing import TypeVar
 from .datapath import NativeImage
 from .handle import ImageHandle
 
-MANAGEMENT_OPS = 10  # rbd_concurrent_management_ops
 LOCAL_OPS = 2  # where the data lies in files of this machine
 
 T = TypeVar("T")
@@ -26,7 +25,8 @@ def at_once(handle: ImageHandle) -> int:
     """How many objects a maintenance operation on the image works on at a time."""
     if not isinstance(handle.data, NativeImage):
         return 1
-    return LOCAL_OPS if is_local(handle) else MANAGEMENT_OPS
+    most = handle.settings.management_ops
+    return min(LOCAL_OPS, most) if is_local(handle) else most
 
 
 def in_order(items: Iterable[T], work: Callable[[T], R], count: int) -> Iterator[tuple[T, R]]:

@@ -14,7 +14,7 @@ import os
 import select
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -317,6 +317,11 @@ class NativeImage:
     def throttle(self, iops: int, bytes_per_second: int) -> None:
         """0 = unlimited."""
         check(lib.rbdn_image_throttle(self.pointer, iops, bytes_per_second), "throttle the image")
+
+    def limits(self, limits: Sequence[tuple[int, int]]) -> None:
+        """The image's own, beside `throttle`: (rate, what may come at once) of requests and bytes a second, of all, of
+        reads, of the rest; rate 0 = unlimited."""
+        check(lib.rbdn_image_limits(self.pointer, ffi.new("rbdn_limit[6]", list(limits))), "limit the image")
 
     @property
     def in_use(self) -> bool:

@@ -45,7 +45,6 @@ class ImageHandle(HandleMoves):
         alone: bool = False,
     ) -> None:
         self._served: Served | None = None
-        self.next_touch: dict[str, float] = {}  # access, modify: time.monotonic() of the next look at the times
         super().__init__(ctx, name, header, read_only=read_only, snap_id=snap_id, alone=alone)
         self.requests = Requests(self)
         self.quiesce = QuiesceWatchers(self.id)

@@ -23,6 +23,7 @@ from .datapath import NativeImage
 from .header import MAX_PARENTS, Header, header_oid, load
 from .objects import ignoring
 from .plain import PlainData
+from .settings import DEFAULTS, Lookup, Settings, read
 from .view import DataObjects, DataPath, Fetch, ViewSpec
 
 
@@ -42,6 +43,7 @@ class HandleView(ABC):
         self.snap_id = snap_id
         self.closed = False
         self.gone = False  # removed by this handle
+        self.next_touch: dict[str, float] = {}  # access, modify: time.monotonic() of the next look at the times
         self.control: HeaderControl | None = None
         self._header = header
         self._state = threading.RLock()
@@ -53,6 +55,9 @@ class HandleView(ABC):
         self._update_watchers: dict[int, Callable[[], None]] = {}
         self._next_watcher = 0
         self._lost: OSError | None = None
+        self.settings = DEFAULTS
+        self._lookup: Lookup | None = None
+        self._configured = False
         self._parents: dict[ParentImageSpec, tuple[ViewSpec, list[DataObjects]]] = {}
         self._bringer: Fetch | None = None
         self._retired: list[DataObjects] = []  # parents of older views; requests in flight may still read them
@@ -117,9 +122,28 @@ class HandleView(ABC):
                 return self._header
             seq = self.control.header_seq if self.control is not None else 0
             header = self._load()
+            if self._configured:
+                self._apply(read(self.ctx, self.oid, self._lookup))
             self._publish(header)
             self._seen_seq = seq
             return header
+
+    def configure(self, lookup: Lookup | None) -> None:
+        """From now on the options of image, pool and (`lookup`) program or cluster hold, also as they change."""
+        found = read(self.ctx, self.oid, lookup)
+        with self._state:
+            self._lookup, self._configured = lookup, True
+            if self._apply(found):
+                self._publish()
+
+    def _apply(self, settings: Settings) -> bool:
+        """Whether the view changes by it."""
+        before, self.settings = self.settings, settings
+        if settings.limits != before.limits and isinstance(self.data, NativeImage):
+            self.data.limits(settings.limits)
+        if (settings.atime_interval, settings.mtime_interval) != (before.atime_interval, before.mtime_interval):
+            self.next_touch.clear()
+        return settings.discard_granularity != before.discard_granularity
 
     def _load(self) -> Header:
         return load(self.ctx, self.id, read_only=self.read_only, alone=self.alone)
@@ -159,6 +183,7 @@ class HandleView(ABC):
             parent=self._parent_view(header, snap_id) if overlap else None,
             overlap=min(overlap, limit),
             fetch=self._fetcher(header) if overlap and snap_id == NOSNAP and not self.read_only else None,
+            discard_granularity=self.settings.discard_granularity,
         )
 
     def _fetcher(self, header: Header) -> Fetch | None:

@@ -11,7 +11,6 @@ from . import cls
 from .handle import ImageHandle
 from .objects import ignoring
 
-UPDATE_SECONDS = 60.0  # rbd_atime_update_interval, rbd_mtime_update_interval
 REPEATED = 4 << 20  # bytes of a repeated pattern written at once
 MAX_DISCARD = (1 << 31) - 1  # bytes in one call, as the Python module of Ceph
 
@@ -116,15 +115,16 @@ def before_write(handle: ImageHandle) -> None:
 
 
 def touch(handle: ImageHandle, which: str) -> None:
-    """Sets the access or modify time at most once in UPDATE_SECONDS. Failing to is no failure of the request."""
-    if handle.control is None:
+    """Sets the access or modify time at most once in its interval. Failing to is no failure of the request."""
+    interval = handle.settings.atime_interval if which == "access" else handle.settings.mtime_interval
+    if handle.control is None or not interval:
         return
     now = time.monotonic()
     if now < handle.next_touch.get(which, 0.0):
         return
     with ignoring(errno.ENOENT, errno.ESHUTDOWN, errno.EROFS):
         age = time.time() - cls.timestamp(handle.ctx, handle.oid, which)
-        if age >= UPDATE_SECONDS:
+        if age >= interval:
             handle.ctx.exec(handle.oid, "rbd", f"set_{which}_timestamp")
             age = 0.0
-        handle.next_touch[which] = now + UPDATE_SECONDS - max(age, 0.0)
+        handle.next_touch[which] = now + interval - max(age, 0.0)

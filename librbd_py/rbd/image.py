@@ -23,6 +23,7 @@ from librbd_py.image.sparsify import sparsify
 from .common import OnProgress, context, moment, number, requires_not_closed, text
 from .completion import Completion
 from .constants import RBD_WRITE_ZEROES_FLAG_THICK_PROVISION
+from .defaults import Defaults
 from .image_aio import ImageAio
 from .image_locks import ImageLocks
 from .image_meta import ImageMeta
@@ -62,6 +63,11 @@ class Image(ImageSnaps, ImageAio, ImageLocks, ImageMeta):
     def _open(self) -> None:
         ctx, at, read_only = self._open_arguments
         self.handle = ImageHandle.open(ctx, self._name, image_id=self._id, snapshot=at, read_only=read_only)
+        try:
+            self.handle.configure(Defaults(self.ioctx, ctx).of_cluster)
+        except BaseException:
+            self.handle.close()
+            raise
         self._name = self.handle.name
         self.closed = False
 

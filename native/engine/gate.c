@@ -68,7 +68,7 @@ static uint64_t flags_for(struct image *i, const struct view *v)
         f |= GATE_BIT(GATE_NEED_LOCK);
     if (i->fence)
         f |= GATE_BIT(GATE_FENCED);
-    if (i->throttle.iops || i->throttle.bytes_per_s || i->throttle.first)
+    if (i->throttle.limited || i->throttle.waiting)
         f |= GATE_BIT(GATE_THROTTLED);
     if (i->exclusive)
         f |= GATE_BIT(GATE_EXCLUSIVE);
@@ -276,14 +276,17 @@ void gate_fence(struct image *i, int err)
     pthread_mutex_lock(&i->lock);
     if (!i->fence)
         i->fence = err;
-    while (i->throttle.first) {
-        struct req *r = i->throttle.first;
-        i->throttle.first = r->next;
-        r->epoch = NULL;
-        r->result = i->fence;
-        ready_add(&q, r);
+    for (unsigned k = 0; k < 2; k++) {
+        struct waiters *w = &i->throttle.waiters[k];
+        while (w->first) {
+            struct req *r = w->first;
+            w->first = r->next;
+            r->epoch = NULL;
+            r->result = i->fence;
+            ready_add(&q, r);
+        }
+        w->last = &w->first;
     }
-    i->throttle.last = &i->throttle.first;
     i->throttle.waiting = 0;
     flags_update(i);
     unpark(i, &q);
@@ -317,7 +320,8 @@ void image_drop(struct image *i, bool (*whose)(const struct req *, const void *w
     pthread_mutex_lock(&i->lock);
     uint64_t parked = i->parked_count, throttled = i->throttle.waiting;
     drop_from(&i->parked, &i->parked_last, &parked, &q, whose, who);
-    drop_from(&i->throttle.first, &i->throttle.last, &throttled, &q, whose, who);
+    for (unsigned k = 0; k < 2; k++)
+        drop_from(&i->throttle.waiters[k].first, &i->throttle.waiters[k].last, &throttled, &q, whose, who);
     i->parked_count = parked;
     i->throttle.waiting = throttled;
     flags_update(i);
@@ -434,18 +438,34 @@ int gate_publish(struct image *i, struct view *v)
     return rc;
 }
 
-int rbdn_image_throttle(rbdn_image *i, uint64_t iops, uint64_t bytes_per_s)
+/* Locked; unlocks. */
+static void limits_changed(struct image *i)
 {
     struct ready q;
     ready_init(&q);
-    pthread_mutex_lock(&i->lock);
-    throttle_set(i, iops, bytes_per_s);
     for (struct req *r; (r = throttle_take(i));)
         if (admit(i, r, true, &q))
             ready_add(&q, r);
     flags_update(i);
     pthread_mutex_unlock(&i->lock);
     ready_run(&q);
+}
+
+int rbdn_image_throttle(rbdn_image *i, uint64_t iops, uint64_t bytes_per_s)
+{
+    pthread_mutex_lock(&i->lock);
+    throttle_set(i, THROTTLE_OWNER_OPS, iops, iops / 10);
+    throttle_set(i, THROTTLE_OWNER_BYTES, bytes_per_s, bytes_per_s / 10);
+    limits_changed(i);
+    return 0;
+}
+
+int rbdn_image_limits(rbdn_image *i, const rbdn_limit *limits)
+{
+    pthread_mutex_lock(&i->lock);
+    for (unsigned n = 0; n < THROTTLES - THROTTLE_OPS; n++)
+        throttle_set(i, THROTTLE_OPS + n, limits[n].rate, limits[n].most);
+    limits_changed(i);
     return 0;
 }
 
@@ -470,7 +490,8 @@ int gate_init(struct image *i, struct view *v)
     pthread_cond_init(&i->drained, &attr);
     pthread_condattr_destroy(&attr);
     i->parked_last = &i->parked;
-    i->throttle.last = &i->throttle.first;
+    for (unsigned k = 0; k < 2; k++)
+        i->throttle.waiters[k].last = &i->throttle.waiters[k].first;
     i->throttle.timer.run = throttle_timer;
     i->throttle.timer.owner = i;
     return epoch_begin(i, v);

@@ -97,11 +97,24 @@ static inline uint64_t gate_unit(unsigned type)
 struct caw;
 struct copyup;
 
+enum { THROTTLE_OWNER_OPS, THROTTLE_OWNER_BYTES, THROTTLE_OPS, THROTTLE_BYTES, THROTTLE_READ_OPS, THROTTLE_READ_BYTES,
+       THROTTLE_WRITE_OPS, THROTTLE_WRITE_BYTES, THROTTLES };
+
+struct bucket {
+    double rate;  /* per second; 0 = unlimited */
+    double level; /* may be overdrawn by one request; below 0: wait */
+    double most;
+};
+
+struct waiters {
+    struct req *first, **last; /* in order */
+};
+
 struct throttle { /* image->lock */
-    uint64_t iops, bytes_per_s; /* 0 = unlimited */
-    double ops_level, bytes_level; /* may be overdrawn by one request; below 0: wait */
+    struct bucket buckets[THROTTLES];
+    bool limited; /* some rate is not 0 */
     uint64_t filled_ns;
-    struct req *first, **last; /* waiting, in order */
+    struct waiters waiters[2]; /* reads, others */
     uint64_t waiting;
     struct timer timer;
     bool timer_set;
@@ -184,7 +197,7 @@ static inline void gate_leave(struct image *i, struct epoch *e, uint64_t unit)
 }
 
 /* throttle.c: all under image->lock. */
-void throttle_set(struct image *, uint64_t iops, uint64_t bytes_per_s);
+void throttle_set(struct image *, unsigned which, uint64_t rate, uint64_t most);
 bool throttle_pass(struct image *, struct req *); /* false: it is queued */
 struct req *throttle_take(struct image *);        /* the next one whose turn has come, or NULL */
 void throttle_timer(struct timer *);

@@ -113,4 +113,8 @@ typedef struct {
 int rbdn_image_stats(rbdn_image *i, rbdn_stats *out); /* stops nothing */
 /* Token bucket; 0 = unlimited. Requests over the limit wait in order. */
 int rbdn_image_throttle(rbdn_image *i, uint64_t iops, uint64_t bytes_per_s);
+/* The same by the image's options, beside it: requests and bytes a second of all, of reads, of the rest, in this order.
+ * `most`: what a bucket holds, so what may pass at once after a pause. */
+typedef struct { uint64_t rate, most; } rbdn_limit;
+int rbdn_image_limits(rbdn_image *i, const rbdn_limit *limits); /* six */
 #endif

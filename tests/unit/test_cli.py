@@ -332,3 +332,11 @@ def test_help_and_completion_know_every_command(sh: Shell) -> None:
     script = sh("completion").out
     assert "--allow-shrink" in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_config_says_which_options_do_something(sh: Shell) -> None:
+    sh("create", "vm", "--size", "1M")
+    lines = sh("config", "image", "ls", "vm", "--effects").out.splitlines()[2:]
+    rows = {line.split()[0]: line.strip() for line in lines}
+    assert rows["rbd_qos_iops_limit"].endswith("honoured") and rows["rbd_cache_size"].endswith("without effect")
+    assert "honoured" not in sh("config", "image", "ls", "vm").out

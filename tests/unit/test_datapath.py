@@ -232,7 +232,7 @@ def test_closing_while_other_threads_are_in_calls(open_data: Opener) -> None:
                     call()
                     busy.release()
             except OSError as failure:
-                if failure.errno not in (errno.EBADF, errno.ESHUTDOWN):
+                if failure.errno not in (errno.EBADF, errno.ESHUTDOWN, errno.ETIMEDOUT):  # block() on a busy machine
                     wrong.append(failure)
 
         calls: list[Callable[[], object]] = [
