@@ -49,7 +49,8 @@ class Driver:
         slot, memory, block = self.slots[head], self.memory, self.random.randrange(BLOCKS)
         read = self.random.random() < 0.8
         self.reads += read
-        if not read:  # the same content again: requests overlap as they like
+        if not read:
+            block = BLOCKS + head  # nobody else's
             memory.write(slot.out, content(block))
         memory.write(slot.driver, struct.pack("<IIQ", T_IN if read else T_OUT, 0, block * PAGE // 512))
         data = (slot.data, PAGE, WRITE) if read else (slot.out, PAGE, 0)
