@@ -7,13 +7,14 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from librbd_py.format import features as ft
 from librbd_py.image import cls, snapshots
+from librbd_py.image.diff import changes
 from librbd_py.image.directory import CreateOptions, create_unnamed, give_name
 from librbd_py.image.handle import ImageHandle
 from librbd_py.image.io import before_write
 from librbd_py.image.progress import Progress, report
 from librbd_py.image.resize import resize
-from librbd_py.image.streams import importable
 from librbd_py.image.trash import remove_from_trash
 from librbd_py.store.api import ObjectContext
 
@@ -21,6 +22,7 @@ from .vault import Vault
 from .wire import Manifest, decode_part
 
 PARALLEL = 4  # downloads at a time
+ZEROED = 1 << 30  # bytes that are looked through at once for what has to be zeroed
 
 
 def choose(every: list[Manifest], wanted: str | None) -> Manifest:
@@ -49,7 +51,7 @@ def restore(
     every = vault.manifests(name)
     chain = vault.chain(choose(every, wanted), every)
     last = chain[-1]
-    features = importable(last.features)
+    features = last.features & ft.DEFAULT  # others, such as journaling, an image is given by other means
     options = CreateOptions(last.order, features, last.stripe_unit, last.stripe_count, data_pool)
     image_id = create_unnamed(ctx, image, chain[0].size, options)
     try:
@@ -93,13 +95,22 @@ def _apply(
     for data in _ahead(vault, manifest, max(parallel, 1)):
         for offset, length, content in decode_part(data, manifest.size):
             if content is None:
-                dest.data.write_zeroes(offset, length)
+                _zero(dest, offset, length)
             else:
                 dest.data.write(offset, bytes(content))
         done += 1
         report(progress, done, total)
     dest.data.flush()
     return done
+
+
+def _zero(dest: ImageHandle, offset: int, length: int) -> None:
+    """Only where there is something: a range may be the whole of a large image."""
+    end = offset + length
+    for start in range(offset, end, ZEROED):
+        for at, size, data in list(changes(dest, start, min(ZEROED, end - start), 0)):
+            if data:
+                dest.data.write_zeroes(at, size)
 
 
 def _ahead(vault: Vault, manifest: Manifest, parallel: int) -> Iterator[bytes]:

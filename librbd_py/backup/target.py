@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from librbd_py.net.s3 import Bucket, Credentials
 
+ATTEMPTS = 10  # of a request to S3: a server that is away for twenty seconds ends no backup
 UNFINISHED = ".unfinished-"  # begins the name of a file that is being written
 
 
@@ -164,5 +165,12 @@ def open_target(url: str) -> Target:
     endpoint = (
         options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL") or f"https://s3.{keys.region}.amazonaws.com"
     )
-    bucket = Bucket(endpoint, parts.netloc, keys, virtual_host=style == "virtual", ca_file=options.get("ca_file"))
+    bucket = Bucket(
+        endpoint,
+        parts.netloc,
+        keys,
+        virtual_host=style == "virtual",
+        ca_file=options.get("ca_file"),
+        attempts=ATTEMPTS,
+    )
     return S3Target(bucket, unquote(parts.path).strip("/"))

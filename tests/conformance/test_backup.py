@@ -149,6 +149,25 @@ def test_what_was_striped_and_what_was_a_clone(io: ObjectContext, vault: Vault) 
     assert contents(io, "d", ("one", "two")) == contents(io, "c", ("one", "two"))
 
 
+def test_what_had_a_data_pool_and_much_that_is_gone(io: ObjectContext, vault: Vault) -> None:
+    R.create(io, "p", 1 << 36, data_pool="data", features=ft.DEFAULT)
+    with rbd.Image(io, "p") as image:
+        image.write(b"x" * 5000, 1 << 35)
+        image.write(b"y", (1 << 36) - 1)
+        image.create_snap("one")
+        image.resize(MIB)
+        image.create_snap("two")
+        image.resize(1 << 36)
+        image.write(b"z", 1 << 34)
+        image.create_snap("three")
+    back_up(vault, io, *SNAPS)
+    restore(vault, SET, io, "q", data_pool="other")
+    with rbd.Image(io, "q") as image:
+        assert image.size() == 1 << 36 and image.read(1 << 34, 2) == b"z\0" and image.read((1 << 36) - 1, 1) == b"\0"
+        image.set_snap("one")
+        assert image.read(1 << 35, 5001) == b"x" * 5000 + b"\0" and image.read((1 << 36) - 1, 1) == b"y"
+
+
 def test_from_one_store_to_another(io: ObjectContext, vault: Vault, tmp_path: Path) -> None:
     make(io)
     back_up(vault, io, *SNAPS)
@@ -342,7 +361,7 @@ def rewritten(vault: Vault, made: Manifest, **change: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"size": -1}, {"size": 1 << 63}, {"size": "5"}, {"size": True}, {"parts": 1 << 40}, {"parts": 0}, {"id": "x"},
+        {"size": -1}, {"size": 1 << 63}, {"size": "5"}, {"size": True}, {"parts": 1 << 36}, {"parts": 0}, {"id": "x"},
         {"id": "0" * 24}, {"parent": "0" * 24}, {"parent": None}, {"number": 5}, {"set": ""}, {"set": "../.."},
         {"set": "rbd/other"}, {"indexes": ["../../etc/passwd"]}, {"indexes": {}}, {"indexes": ["0" * 64] * 9},
         {"metadata": []}, {"metadata": {"a": 5}}, {"snapshot": ""}, {"created": "now"}, {"more": 1}, {"order": 1 << 70},

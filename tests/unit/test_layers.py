@@ -45,7 +45,7 @@ PYTHON = {
         "librbd_py.format",
     },
     "librbd_py.shim": {"librbd_py.rbd", "librbd_py.rados", "librbd_py"},
-    "librbd_py.backup": {"librbd_py.image", "librbd_py.source", "librbd_py.net", "librbd_py.store"},
+    "librbd_py.backup": {"librbd_py.format", "librbd_py.image", "librbd_py.source", "librbd_py.net", "librbd_py.store"},
     "librbd_py.devcluster": {"librbd_py.store", "librbd_py.native"},
     "librbd_py.cli": {"librbd_py", "qemu_glue"},
     "qemu_glue": {"librbd_py", "vm_images"},

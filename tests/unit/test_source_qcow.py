@@ -71,7 +71,9 @@ def test_it_reads_what_qemu_reads(tmp_path: Path, options: str, seed: int) -> No
         commands = []
         for _ in range(5):
             at, length = pick.randrange(0, 3 * MIB - 70000) & ~511, pick.choice([512, 4096, 65536])
-            kinds = [f"write -P {pick.randrange(1, 255)}", "discard"] + ["write -z -u"] * ("0.10" not in options)
+            kinds = [f"write -P {pick.randrange(1, 255)}", "discard"] + ["write -z -u", "write -z"] * (
+                "0.10" not in options
+            )
             commands += ["-c", f"{pick.choice(kinds)} {at} {length}"]
         whole = pick.randrange(3 * MIB // cluster) * cluster
         commands += ["-c", f"write -c -P {pick.randrange(1, 255)} {whole} {cluster}"]
