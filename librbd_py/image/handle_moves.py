@@ -96,6 +96,11 @@ class HandleMoves(HandleLock):
             self.control.heir = serves
 
     @property
+    def moving(self) -> bool:
+        """Only `take_back`, `take_over` and `stand_down` let requests go on that need the lock."""
+        return self.control is not None and self.control.moving
+
+    @property
     def handing_over(self) -> bool:
         """The lock is offered and not taken yet, as far as is known: closing the handle would take the offer away."""
         return self.control is not None and self.control.offered

@@ -187,6 +187,58 @@ class Contestant:
         for thread in self._load:
             thread.join(DEADLINE)
 
+    # --- a VM that moves, ours alone
+
+    def writer(self, depth: int) -> None:
+        """As `load`, but each thread has blocks of its own, so what was acknowledged last of each is known."""
+        self._stop = False
+        self.acked: dict[int, Mark] = {}
+        self._load = [threading.Thread(target=self._tick, args=(n, depth), daemon=True) for n in range(depth)]
+        for thread in self._load:
+            thread.start()
+
+    def _tick(self, number: int, depth: int) -> None:
+        lba = 1 + number
+        while not self._stop:
+            with self._lock:
+                self._sequence += 1
+                mark = self.owner, self.epoch, self._sequence
+            try:
+                self.image.write(stamp(self.number, lba, mark), lba * STEP)
+            except Exception as failure:
+                with self._lock:
+                    self.errors.append((time.monotonic(), getattr(failure, "errno", None) or 5))
+                return
+            with self._lock:
+                self.acked[lba] = mark
+                self.written += 1
+            lba = lba + depth if lba + depth < BLOCKS else 1 + number
+
+    def stand_by(self, key: str) -> None:
+        self.image.handle.stand_by(key, park=True)
+
+    def hand_over(self, key: str) -> dict[str, Any]:
+        """What was acknowledged when every thread of `writer` waits, and how long the offer took."""
+        begun = time.monotonic()
+        offered = self.image.handle.offer(key)
+        ended = time.monotonic()
+        while offered and self.image.handle.facts()["parked"] < len(self._load):
+            assert time.monotonic() < ended + DEADLINE, self.image.handle.facts()
+            time.sleep(0.001)
+        with self._lock:
+            return {"offered": offered, "begun": begun, "ended": ended, "acked": list(self.acked.items())}
+
+    def take_back(self) -> None:
+        self.image.handle.take_back()
+
+    def come(self) -> dict[str, Any]:
+        """Takes the lock that was offered; when it was asked for and there, and when the first write was done."""
+        begun = time.monotonic()
+        self.image.handle.take_over()
+        owned = time.monotonic()
+        self.image.write(b"x" * 512, SIZE - 512)
+        return {"begun": begun, "owned": owned, "first": time.monotonic()}
+
     def report(self) -> dict[str, Any]:
         with self._lock:
             writing = sum(thread.is_alive() for thread in self._load)

@@ -89,8 +89,8 @@ class Load:
             assert held[block * BLOCK : (block + 1) * BLOCK] == content(number), block
 
 
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + DEADLINE
+def until(condition: Callable[[], bool], seconds: float = DEADLINE) -> None:
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not happen"
         time.sleep(0.002)
@@ -164,7 +164,7 @@ def test_lost_watches_on_ceph(new_ceph_cluster: Callable[..., DevCluster]) -> No
                     assert not load.failed, load.failed
                 return all(len(seen) > each for seen in cookies)
 
-            until(look)
+            until(look, DEADLINE + 5 * WATCH_SECONDS * each)
             written = 0
             for (image, load), seen in zip(running, cookies, strict=True):
                 finish(image, load, seen)

@@ -309,9 +309,12 @@ class EmbeddedStore(api.Store):
             victims = [victim for victim in found if victim is not None]
             for victim in victims:
                 stack.callback(victim.close)
-            self._blocklist(address, gid, seconds)
-            for victim in victims:
-                victim.kill()
+            try:
+                # First: one that stands still may keep the database's lock.
+                for victim in victims:
+                    victim.kill()
+            finally:
+                self._blocklist(address, gid, seconds)
 
     def _blocklist(self, address: str, gid: int | None, seconds: int) -> None:
         now = time.time()
