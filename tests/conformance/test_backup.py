@@ -30,6 +30,7 @@ from librbd_py.image import metadata
 from librbd_py.net.s3 import Bucket, Credentials
 from librbd_py.store.api import ObjectContext
 from librbd_py.store.embedded import EmbeddedStore
+from librbd_py.store.memory import MemoryCluster, MemoryStore
 
 __all__ = ["cluster", "io"]
 
@@ -305,7 +306,8 @@ def test_any_file_that_is_damaged_is_found(tmp_path: Path) -> None:
         path.mkdir()
 
     vault = Vault(FolderTarget(f"{tmp_path}/backups"))
-    with EmbeddedStore(f"{tmp_path}/s", create=True) as store:
+    with MemoryStore(MemoryCluster()) as store:
+        store.pool_create("rbd")
         io = store.open("rbd")
         make(io)
         back_up(vault, io, *SNAPS, part_size=2 * MIB)
@@ -445,8 +447,10 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, LEAST_PART - 1, LEAST_PART + 1, 65 * MIB])
-def test_sizes_of_parts(tmp_path: Path, io: ObjectContext, vault: Vault, size: int) -> None:
-    refused(OSError, errno.EINVAL, back_up, vault, io, "one", part_size=size)
+def test_sizes_of_parts(vault: Vault, size: int) -> None:
+    with MemoryStore(MemoryCluster()) as store:
+        store.pool_create("rbd")
+        refused(OSError, errno.EINVAL, back_up, vault, store.open("rbd"), "one", part_size=size)
 
 
 @pytest.mark.parametrize("name", ["", "/", "a//b", "../a", "a/..", "x" * 1000])
