@@ -32,7 +32,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("namespace", "pool"), ("cmd_pool",)),
     **dict.fromkeys(("config",), ("cmd_config",)),
     **dict.fromkeys(("snap",), ("cmd_snap",)),
-    **dict.fromkeys(("trash",), ("cmd_trash",)),
+    **dict.fromkeys(("trash",), ("cmd_trash", "cmd_schedule")),
     **dict.fromkeys(("group",), ("cmd_group",)),
     **dict.fromkeys(("migration",), ("cmd_migration",)),
     **dict.fromkeys(("perf",), ("cmd_perf",)),
