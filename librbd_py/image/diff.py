@@ -24,6 +24,7 @@ from .resize import known_states
 from .snapshots import find
 from .view import ViewSpec
 
+COMPARED = 1 << 16  # bytes of an image that migrates
 Found = Callable[[int, int, bool], object]  # offset, length in the image; True: data, False: a hole now
 Extents = list[tuple[int, int, bool]]  # offset, length within an object; data or hole
 
@@ -98,6 +99,8 @@ def changes(
         rows = _allocated(handle.data, offset, length)
         if whole_object:
             rows = _by_object(rows, layout.object_size, offset, offset + length)
+    elif header.migrates and start_id:
+        rows = _compared(handle, offset, length, start_id)
     else:
         rows = _rows(handle, offset, length, start_id, end_id, include_parent, whole_object)
     pending: tuple[int, int, bool] | None = None
@@ -115,6 +118,19 @@ def changes(
             at, size = at + step, size - step
     if pending is not None:
         yield pending
+
+
+def _compared(handle: ImageHandle, offset: int, length: int, start_id: int) -> Iterator[tuple[int, int, bool]]:
+    """Byte by byte: while an image migrates, an object's own history is not all of its history."""
+    before, after = handle.view_at(start_id), handle.view_at(handle.snap_id)
+    end = offset + length
+    while offset < end:
+        take = min(COMPARED - offset % COMPARED, end - offset)
+        there = max(0, min(take, before.size - offset))
+        old, new = read_view(before, offset, there).ljust(take, b"\0"), read_view(after, offset, take)
+        if old != new:
+            yield offset, take, bool(new.strip(b"\0"))
+        offset += take
 
 
 def _allocated(native: NativeImage, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:

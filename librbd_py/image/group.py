@@ -207,6 +207,11 @@ def replace_image(ctx: ObjectContext, group_id: str, old: tuple[int, str], new: 
     _unlink(ctx, group_id, GroupImageSpec(old[1], old[0]))
 
 
+def drop_image(ctx: ObjectContext, group_id: str, pool_id: int, image_id: str) -> None:
+    """Takes an image out that may be a member, or half of one."""
+    _unlink(ctx, group_id, GroupImageSpec(image_id, pool_id))
+
+
 def leave(handle: ImageHandle) -> None:
     """Takes an image out of its group, if it is in one."""
     pool_id, group_id = cls.group_of(handle.ctx, handle.oid)

@@ -10,7 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from librbd_py.control.driver import HeaderControl
 from librbd_py.format import features as ft
@@ -25,6 +25,9 @@ from .objects import ignoring
 from .plain import PlainData
 from .settings import DEFAULTS, Lookup, Settings, read
 from .view import DataObjects, DataPath, Fetch, ViewSpec
+
+if TYPE_CHECKING:
+    from .migration.imported import Imported
 
 
 class HandleView(ABC):
@@ -60,6 +63,7 @@ class HandleView(ABC):
         self._configured = False
         self._parents: dict[ParentImageSpec, tuple[ViewSpec, list[DataObjects]]] = {}
         self._bringer: Fetch | None = None
+        self.imported: Imported | None = None  # what it imports from, once that was needed
         self._retired: list[DataObjects] = []  # parents of older views; requests in flight may still read them
         pool = header.data_pool_id
         self.data_ctx = ctx if pool in (-1, ctx.pool_id) else ctx.store.open(pool, ctx.namespace)
@@ -182,18 +186,30 @@ class HandleView(ABC):
             need_lock=self._locks(header) and not self._owner,
             parent=self._parent_view(header, snap_id) if overlap else None,
             overlap=min(overlap, limit),
-            fetch=self._fetcher(header) if overlap and snap_id == NOSNAP and not self.read_only else None,
+            fetch=self._fetcher(header, snap_id) if overlap else None,
             discard_granularity=self.settings.discard_granularity,
         )
 
-    def _fetcher(self, header: Header) -> Fetch | None:
+    def _fetcher(self, header: Header, snap_id: int) -> Fetch | None:
         """An object of an image that migrates comes over with what the source's snapshots hold of it."""
-        from .migration.objects import Bringer
-
-        if not header.migrates or header.migration is None or not header.migration.snap_seqs:
+        if not header.migrates or header.migration is None:
             return None
-        self._bringer = self._bringer or Bringer(self)
+        writes = snap_id == NOSNAP and not self.read_only and (self._owner or not self._locks(header))
+        if not writes or not (header.imports or header.migration.snap_seqs):
+            return self._reader(header, snap_id)
+        if self._bringer is None:
+            from .migration.objects import Bringer
+
+            self._bringer = Bringer(self)
         return self._bringer
+
+    def _reader(self, header: Header, snap_id: int) -> Fetch | None:
+        """For those who only read an import."""
+        if not header.imports:
+            return None
+        from .migration.objects import Reader
+
+        return Reader(self, snap_id)
 
     def _complete_objects(self) -> None:
         """What a former owner of an image that migrates left half done."""
@@ -221,9 +237,12 @@ class HandleView(ABC):
                 read_only=True,
                 parent=self._parent_view(header, snap_id) if overlap else None,
                 overlap=overlap,
+                fetch=self._reader(header, snap_id) if overlap else None,
             )
 
-    def _parent_view(self, header: Header, snap_id: int) -> ViewSpec:
+    def _parent_view(self, header: Header, snap_id: int) -> ViewSpec | None:
+        if header.imports:
+            return None
         spec = header.parent_at(snap_id)
         if spec in self._parents:
             return self._parents[spec][0]
@@ -281,6 +300,8 @@ class HandleView(ABC):
             self._parents, self._retired = {}, []
         for objects in rest:
             objects.close()
+        if self.imported is not None:
+            self.imported.close()
 
 
 def make_data(view: ViewSpec, acquire: Callable[[], None], request: Callable[[], None]) -> DataPath:
@@ -334,6 +355,8 @@ def parent_view(
     objects = DataObjects(data_ctx, header.object_prefix, header.order).open()
     opened.append(objects)
     overlap = header.overlap_at(spec.snap_id)
+    if overlap and header.imports:
+        raise OSError(errno.EBUSY, f"parent image {spec.image_id} is being imported")
     return ViewSpec(
         size=header.size_at(spec.snap_id),
         layout=header.layout,

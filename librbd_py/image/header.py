@@ -58,6 +58,7 @@ class Header:
     version: int = 0  # of the header object when the reading began
     clone_of: ParentImageSpec = NOBODY  # as its header says; `parent` is another one while it migrates
     migration: MigrationSpec | None = None  # of an image whose migration is under way
+    migrates: bool = False  # absent objects are the migration's source's
 
     def has(self, feature: int) -> bool:
         return bool(self.features & feature)
@@ -81,9 +82,9 @@ class Header:
         return (self.parent.exists or self.migrates) and self.parent_overlap is not None
 
     @property
-    def migrates(self) -> bool:
-        """Objects that are absent are the migration's source's."""
-        return self.parent != self.clone_of
+    def imports(self) -> bool:
+        """It migrates from what is no image of this store: nothing is its parent."""
+        return self.migrates and self.migration is not None and bool(self.migration.source_spec)
 
     def parent_at(self, snap_id: int) -> ParentImageSpec:
         """What shows through at a snapshot or HEAD."""
@@ -172,7 +173,8 @@ def _migrating(header: Header, spec: MigrationSpec) -> Header:
         for number, snap in header.snaps.items()
     }
     source = ParentImageSpec(spec.pool_id, spec.pool_namespace, spec.image_id, NOSNAP)
-    return replace(header, snaps=snaps, parent=source, parent_overlap=min(header.size, spec.overlap))
+    overlap = min(header.size, spec.overlap)
+    return replace(header, snaps=snaps, parent=source, parent_overlap=overlap, migrates=True)
 
 
 def require_migrated_to(spec: MigrationSpec) -> None:

@@ -195,10 +195,12 @@ class PlainData:
 
     def _copyup(self, view: ViewSpec, objno: int, *, only: bool = False) -> bool:
         ranges = parent_ranges(view, objno)
-        if not ranges or view.parent is None or self._exists(view, objno):
+        if not ranges or self._exists(view, objno):
             return False
         if view.fetch is not None:
             return view.fetch(objno) is True
+        if view.parent is None:
+            return False
         pieces = [read_view(view.parent, start, length) for start, length in ranges]
         # The parts of an object that lie below the overlap are its beginning.
         data = b"".join(pieces).rstrip(b"\0")

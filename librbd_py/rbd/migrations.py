@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from librbd_py.errors import rbd as exceptions
 from librbd_py.errors import rbd_errors
-from librbd_py.image.migration import execute, finish, prepare, records
+from librbd_py.image.migration import execute, finish, imported, prepare, records
 
 from .common import OnProgress, context, text
+from .defaults import Defaults
 from .image import options
 
 
@@ -36,9 +36,24 @@ class Migrations:
         with rbd_errors(f"error migrating image {name}"):
             prepare.prepare(context(ioctx), name, context(dest_ioctx), dest, chosen, flatten=flatten)
 
-    def migration_prepare_import(self, *args: Any, **named: Any) -> None:
-        """Not supported: FunctionNotSupported."""
-        raise exceptions.FunctionNotSupported("migration_prepare_import is not supported", 38)
+    def migration_prepare_import(
+        self,
+        source_spec: str | bytes,
+        dest_ioctx: Any,
+        dest_image_name: str | bytes,
+        features: int | None = None,
+        order: int | None = None,
+        stripe_unit: int | None = None,
+        stripe_count: int | None = None,
+        data_pool: str | bytes | None = None,
+    ) -> None:
+        """`source_spec`: JSON, as Ceph's; `{"type": "native", "store": URL, ...}` names an image of any store.
+        InvalidArgument, ImageExists; what opening the source fails with."""
+        spec, name = text(source_spec, "source_spec"), text(dest_image_name, "dest_image_name")
+        chosen = options(order, features, stripe_unit, stripe_count, data_pool)
+        with rbd_errors(f"error preparing the import of image {name}"):
+            ctx = context(dest_ioctx)
+            imported.prepare_import(spec, ctx, name, Defaults(dest_ioctx, ctx).for_image(chosen))
 
     def migration_execute(self, ioctx: Any, image_name: str | bytes, on_progress: OnProgress = None) -> None:
         """By the name of either image. ImageNotFound; InvalidArgument: it is not prepared."""

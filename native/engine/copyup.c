@@ -205,6 +205,32 @@ void copyup_join(struct piece *p)
         begin(c);
 }
 
+bool copyup_in_vain(const struct piece *p)
+{
+    const struct nothing *n = atomic_load_explicit(&p->image->nothing, memory_order_acquire);
+    uint64_t objno = p->op.objno;
+    return n && p->view->snap_id == STORE_NOSNAP && objno < n->objects &&
+           atomic_load_explicit(&n->bits[objno / 8], memory_order_relaxed) & 1 << objno % 8;
+}
+
+/* Locked. Of HEAD, where no parent shows through. No memory: it is asked for again. */
+static void in_vain(struct image *i, const struct copyup *c)
+{
+    if (c->view->parent || c->view->snap_id != STORE_NOSNAP)
+        return;
+    struct nothing *n = atomic_load_explicit(&i->nothing, memory_order_relaxed);
+    if (!n) {
+        uint64_t objects = (c->view->size >> c->view->striping.order) + c->view->striping.count + 1;
+        n = calloc(1, sizeof *n + objects / 8 + 1);
+        if (!n)
+            return;
+        n->objects = objects;
+        atomic_store_explicit(&i->nothing, n, memory_order_release);
+    }
+    if (c->objno < n->objects)
+        atomic_fetch_or_explicit(&n->bits[c->objno / 8], 1 << c->objno % 8, memory_order_relaxed);
+}
+
 int rbdn_image_wanted(rbdn_image *i, uint64_t *objno, uint64_t *token)
 {
     struct copyup *oldest = NULL;
@@ -228,6 +254,8 @@ int rbdn_image_fetched(rbdn_image *i, uint64_t token, int what, const void *buf,
     struct copyup *c = i->copyups;
     while (c && ((uintptr_t)c != token || !c->taken))
         c = c->next;
+    if (c && what == 1)
+        in_vain(i, c);
     pthread_mutex_unlock(&i->copyup_lock);
     if (!c)
         return -ENOENT;

@@ -110,6 +110,11 @@ struct waiters {
     struct req *first, **last; /* in order */
 };
 
+struct nothing { /* a bit for each object of HEAD: what is not there reads as zeros, whoever is asked */
+    uint64_t objects;
+    _Atomic uint8_t bits[];
+};
+
 struct throttle { /* image->lock */
     struct bucket buckets[THROTTLES];
     bool limited; /* some rate is not 0 */
@@ -155,6 +160,7 @@ struct image {
 
     pthread_mutex_t copyup_lock; /* guards copyups; taken alone */
     struct copyup *copyups;
+    _Atomic(struct nothing *) nothing; /* objects that were fetched in vain; set once, copyup_lock */
 
     pthread_mutex_t users_lock; /* guards users; held while `changed` runs; serialises publish and close */
     struct image_user *users;

@@ -63,6 +63,10 @@ enum step_outcome read_absent(struct piece *p, int *err)
     } else {
         len = p->op.len;
     }
+    if (!v->parent && copyup_in_vain(p)) {
+        zero(p->op.iov, p->op.iovcnt, 0, p->op.len);
+        return STEP_DONE;
+    }
     if (!v->parent) {
         copyup_join(p);
         return STEP_WAITS;

@@ -75,7 +75,8 @@ void split_run(struct image *, struct req *, const struct data *, void *to_free)
 void split_parent(struct piece *above, uint64_t len);
 
 /* copyup.c: reads the parent's data of the object and writes it with STORE_COPYUP unless it is all zero. */
-void copyup_join(struct piece *); /* write_copied() follows */
+void copyup_join(struct piece *); /* write_copied() or read_fetched() follows */
+bool copyup_in_vain(const struct piece *); /* its object was fetched, and there was nothing */
 int copyup_object(struct image *, struct view *, uint64_t objno); /* blocks; 0 copied, 1 parent is zero, or -errno */
 
 void data_list(struct data *, const struct iovec *, uint32_t count);

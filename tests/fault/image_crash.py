@@ -196,7 +196,38 @@ def group_snap_create(io: ObjectContext) -> None:
     group.create_snap("new")
 
 
+def related(io: ObjectContext) -> None:
+    """A parent that is a member of a group."""
+    family(io)
+    R.group_create(io, "group")
+    rbd.Group(io, "group").add_image(io, "disk")
+
+
+def migration_prepare(io: ObjectContext) -> None:
+    """What a crash left half prepared is aborted first."""
+    with suppress(rbd.ImageNotFound, rbd.InvalidArgument):
+        R.migration_abort(io, "disk")
+    R.migration_prepare(io, "disk", io, "moved")
+
+
+def migrating(io: ObjectContext) -> None:
+    related(io)
+    R.migration_prepare(io, "disk", io, "moved")
+    with rbd.Image(io, "moved") as image:
+        image.write(b"8" * 100, 5 << ORDER)
+
+
+def migrated(io: ObjectContext) -> None:
+    migrating(io)
+    R.migration_execute(io, "moved")
+
+
 OPERATIONS = {
+    "migration prepare": Operation(related, migration_prepare),
+    "migration execute": Operation(migrating, lambda io: R.migration_execute(io, "moved")),
+    "migration commit": Operation(migrated, lambda io: R.migration_commit(io, "moved")),
+    "migration abort": Operation(migrating, lambda io: R.migration_abort(io, "disk")),
+    "migration abort of everything": Operation(migrated, lambda io: R.migration_abort(io, "disk")),
     "group create": Operation(lambda io: None, group_create),
     "group remove": Operation(group_snapshot, lambda io: R.group_remove(io, "group")),
     "group rename": Operation(grouped, lambda io: R.group_rename(io, "group", "renamed")),

@@ -92,9 +92,28 @@ def test_nbd_tools_read_and_write(store: Path, tmp_path: Path) -> None:
         (shown,) = json.loads(run("nbdinfo", "--json", uri(socket)))["exports"]
         assert shown["export-size"] == SIZE and not shown["is_read_only"]
         assert json.loads(run("qemu-img", "info", "--output=json", uri(socket)))["virtual-size"] == SIZE
-        run("qemu-io", "-f", "raw", uri(socket), "-c", "write -P 0xa5 4093 70001", "-c", "write -z 8M 4M",
-            "-c", "discard 16M 4M", "-c", "write -f -P 0x5a 20M 64k", "-c", "flush",
-            "-c", "read -P 0xa5 4093 70001", "-c", "read -P 0 8M 4M", "-c", "read -P 0x5a 20M 64k")
+        run(
+            "qemu-io",
+            "-f",
+            "raw",
+            uri(socket),
+            "-c",
+            "write -P 0xa5 4093 70001",
+            "-c",
+            "write -z 8M 4M",
+            "-c",
+            "discard 16M 4M",
+            "-c",
+            "write -f -P 0x5a 20M 64k",
+            "-c",
+            "flush",
+            "-c",
+            "read -P 0xa5 4093 70001",
+            "-c",
+            "read -P 0 8M 4M",
+            "-c",
+            "read -P 0x5a 20M 64k",
+        )
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", uri(socket), copy)
         run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", uri(socket), copy)
         with source.open("wb") as file:
@@ -115,10 +134,21 @@ def test_nbd_tools_read_and_write(store: Path, tmp_path: Path) -> None:
 def test_fio_verifies_what_it_wrote(store: Path, tmp_path: Path) -> None:
     socket = tmp_path / "nbd.sock"
     with exported(store, "disk", "--nbd", socket) as exporter:
-        run("fio", "--name=verify", "--ioengine=nbd", f"--uri={uri(socket)}", "--rw=randwrite", "--bsrange=512-64k",
-            "--size=8M", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--randseed=7",
+        run(
+            "fio",
+            "--name=verify",
+            "--ioengine=nbd",
+            f"--uri={uri(socket)}",
+            "--rw=randwrite",
+            "--bsrange=512-64k",
+            "--size=8M",
+            "--iodepth=16",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--randseed=7",
             f"--aux-path={tmp_path}",
-            "--verify_state_save=0")
+            "--verify_state_save=0",
+        )
         exporter.end(signal.SIGINT)
     assert check_store(store) == "no findings\n"
 

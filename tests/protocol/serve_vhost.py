@@ -58,10 +58,18 @@ class Disk:
         lib.rbdn_view_put(view)
 
     def view(self, size: int) -> Any:
-        config = ffi.new("rbdn_view_config *", {
-            "size": size, "order": ORDER, "stripe_unit": 1 << ORDER, "stripe_count": 1, "store": self.store,
-            "snap_id": HEAD, "discard_granularity": 65536,
-        })
+        config = ffi.new(
+            "rbdn_view_config *",
+            {
+                "size": size,
+                "order": ORDER,
+                "stripe_unit": 1 << ORDER,
+                "stripe_count": 1,
+                "store": self.store,
+                "snap_id": HEAD,
+                "discard_granularity": 65536,
+            },
+        )
         err = ffi.new("int *")
         view = lib.rbdn_view_new(config, err)
         fail_on(err, "view")
@@ -78,10 +86,17 @@ class Disk:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(path)
             listener.listen(8)
-            config = ffi.new("rbdn_vhost_config *", {
-                "num_queues": queues, "queue_size_max": 256, "read_only": read_only, "write_cache": 1,
-                "serial": b"serve", "logical_block_size": 512,
-            })
+            config = ffi.new(
+                "rbdn_vhost_config *",
+                {
+                    "num_queues": queues,
+                    "queue_size_max": 256,
+                    "read_only": read_only,
+                    "write_cache": 1,
+                    "serial": b"serve",
+                    "logical_block_size": 512,
+                },
+            )
             export = lib.rbdn_vhost_start(7, self.image, listener.fileno(), config, err)
         fail_on(err, "export")
         return export

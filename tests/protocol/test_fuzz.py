@@ -18,8 +18,19 @@ def test_target_finds_nothing(name: str, tmp_path: Path) -> None:
     corpus.mkdir()
     seeds = ROOT / "build/fuzz" / f"seeds_{name}"
     done = subprocess.run(
-        [ROOT / "build/fuzz" / f"fuzz_{name}", "-runs=20000", "-max_total_time=10", "-max_len=2048", "-seed=1",
-         "-timeout=10", f"-artifact_prefix={tmp_path}/", corpus, seeds],
-        capture_output=True, text=True, timeout=120,
+        [
+            ROOT / "build/fuzz" / f"fuzz_{name}",
+            "-runs=20000",
+            "-max_total_time=10",
+            "-max_len=2048",
+            "-seed=1",
+            "-timeout=10",
+            f"-artifact_prefix={tmp_path}/",
+            corpus,
+            seeds,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -44,9 +44,7 @@ class Host:
         self.path = folder / "vu.sock"
 
     async def serve(self, **more: Any) -> None:
-        await self.daemon.execute(
-            "blockdev-add", {"driver": "rbd", "node-name": "d0", "pool": "rbd", "image": "disk"}
-        )
+        await self.daemon.execute("blockdev-add", {"driver": "rbd", "node-name": "d0", "pool": "rbd", "image": "disk"})
         await self.export(**more)
 
     async def export(self, **more: Any) -> None:

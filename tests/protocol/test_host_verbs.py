@@ -327,9 +327,7 @@ def test_clients_that_come_and_go_leave_nothing(host: Host) -> None:
     run(work())
 
 
-def test_a_store_that_hangs_keeps_no_other_vm_waiting(
-    host: Host, new_ceph_cluster: Callable[..., DevCluster]
-) -> None:
+def test_a_store_that_hangs_keeps_no_other_vm_waiting(host: Host, new_ceph_cluster: Callable[..., DevCluster]) -> None:
     cluster = new_ceph_cluster()
     with rados.Rados(conf={"rbdpy_store": cluster.url}) as client, client.open_ioctx("rbd") as ioctx:
         rbd.RBD().create(ioctx, "far", 4 * MIB)

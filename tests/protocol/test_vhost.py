@@ -57,8 +57,26 @@ def test_offers_what_qemu_needs_to_migrate_and_to_reconnect(vhost: Server) -> No
 
 def test_configuration_space(vhost: Server) -> None:
     with frontend(vhost.path) as front:
-        (capacity, size_max, seg_max, _, blk_size, _, _, _, opt, wce, _, queues, discard, discard_seg, align, zeroes,
-         zeroes_seg, unmap) = struct.unpack("<QIIIIBBHIBBHIIIIIB", front.config(size=57))
+        (
+            capacity,
+            size_max,
+            seg_max,
+            _,
+            blk_size,
+            _,
+            _,
+            _,
+            opt,
+            wce,
+            _,
+            queues,
+            discard,
+            discard_seg,
+            align,
+            zeroes,
+            zeroes_seg,
+            unmap,
+        ) = struct.unpack("<QIIIIBBHIBBHIIIIIB", front.config(size=57))
         assert (capacity, seg_max, blk_size, wce, queues, unmap) == (SIZE // 512, 254, 512, 1, 4, 1)
         assert (opt, align) == ((4 << 20) // 512, 128)
         assert min(size_max, discard, discard_seg, zeroes, zeroes_seg) > 0
@@ -106,8 +124,14 @@ def test_header_and_status_may_be_cut_anyhow(vhost: Server) -> None:
         front.write(9, b"x" * 512)
         header, data, status = memory.alloc(64), memory.alloc(512, 512), memory.alloc(1, 1)
         memory.write(header, struct.pack("<IIQ", T_IN, 0, 9))
-        cuts = [(header, 1, 0), (header + 1, 14, 0), (header + 15, 1, 0), (data, 511, WRITE), (data + 511, 1, WRITE),
-                (status, 1, WRITE)]
+        cuts = [
+            (header, 1, 0),
+            (header + 1, 14, 0),
+            (header + 15, 1, 0),
+            (data, 511, WRITE),
+            (data + 511, 1, WRITE),
+            (status, 1, WRITE),
+        ]
         queue.offer(queue.add(cuts))
         queue.kick_now()
         assert queue.wait()[0][1] == 513

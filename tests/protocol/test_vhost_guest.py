@@ -145,10 +145,27 @@ def avail_backwards(q: Queue) -> None:
 
 
 BREAKING = [
-    loop_of_one, loop_of_two, loop_of_all, loop_of_writable, loop_of_empty, next_outside, next_far_outside,
-    head_outside, head_far_outside, indirect_in_indirect, indirect_with_next, indirect_of_odd_length,
-    indirect_of_no_length, indirect_longer_than_the_ring, indirect_huge, indirect_loop, indirect_next_outside,
-    readable_after_writable, avail_jump, avail_far_jump, avail_backwards,
+    loop_of_one,
+    loop_of_two,
+    loop_of_all,
+    loop_of_writable,
+    loop_of_empty,
+    next_outside,
+    next_far_outside,
+    head_outside,
+    head_far_outside,
+    indirect_in_indirect,
+    indirect_with_next,
+    indirect_of_odd_length,
+    indirect_of_no_length,
+    indirect_longer_than_the_ring,
+    indirect_huge,
+    indirect_loop,
+    indirect_next_outside,
+    readable_after_writable,
+    avail_jump,
+    avail_far_jump,
+    avail_backwards,
 ]
 
 

@@ -61,18 +61,22 @@ def attack(name: str) -> Callable[[Attack], Attack]:
     def add(f: Attack) -> Attack:
         ATTACKS.append((name, f))
         return f
+
     return add
 
 
-def message(name: str, request: int, payload: bytes = b"", fds: int = 0, flags: int = 1,
-            size: int | None = None) -> None:
+def message(
+    name: str, request: int, payload: bytes = b"", fds: int = 0, flags: int = 1, size: int | None = None
+) -> None:
     """A message that must not be accepted, with that many eventfds attached."""
+
     def send(front: Frontend) -> None:
         with contextlib.ExitStack() as stack:
             attached = [os.eventfd(0) for _ in range(fds)]
             for fd in attached:
                 stack.callback(os.close, fd)
             front.send(request, payload, attached, flags, size)
+
     ATTACKS.append((name, send))
 
 
@@ -199,6 +203,7 @@ def _(front: Frontend) -> None:
 
 def region(name: str, size: int, *spec: int) -> None:
     """A region (guest, size, user, offset) in a memfd of `size` bytes, which must be refused."""
+
     @attack(name)
     def _(front: Frontend) -> None:
         fd = os.memfd_create("small")
@@ -268,8 +273,14 @@ def epoll() -> int:
         return os.dup(made.fileno())
 
 
-for kind, make in (("pipe", pipe_end), ("file", plain_file), ("folder", folder), ("socket", socket_end),
-                   ("device", zero_device), ("epoll", epoll)):
+for kind, make in (
+    ("pipe", pipe_end),
+    ("file", plain_file),
+    ("folder", folder),
+    ("socket", socket_end),
+    ("device", zero_device),
+    ("epoll", epoll),
+):
     for what, request in (("kick", SET_VRING_KICK), ("call", SET_VRING_CALL), ("err", SET_VRING_ERR)):
         with_fd(f"{what} is a {kind}", make, request, u64(0))
 for kind, make in (("pipe", pipe_end), ("folder", folder), ("device", zero_device), ("read-only file", read_only_file)):
@@ -282,6 +293,7 @@ def memfd(size: int) -> Callable[[], int]:
         fd = os.memfd_create("sized")
         os.ftruncate(fd, size)
         return fd
+
     return make
 
 
@@ -332,10 +344,16 @@ def test_violation_ends_the_connection_and_nothing_else(vhost: Server, name: str
 
 
 INFLIGHT = [
-    ("no queue", (4096, 0, 0, 128)), ("5 queues", (65536, 0, 5, 128)), ("65535 queues", (1 << 30, 0, 65535, 1024)),
-    ("queues of none", (4096, 0, 1, 0)), ("queues of 65535", (1 << 30, 0, 1, 65535)), ("too short", (2000, 0, 1, 128)),
-    ("larger than its file", (65536, 0, 4, 1024)), ("beyond its file", (4096, 1 << 40, 1, 128)),
-    ("offset wraps", (4096, (1 << 64) - 64, 1, 128)), ("crooked offset", (4096, 8, 1, 128)),
+    ("no queue", (4096, 0, 0, 128)),
+    ("5 queues", (65536, 0, 5, 128)),
+    ("65535 queues", (1 << 30, 0, 65535, 1024)),
+    ("queues of none", (4096, 0, 1, 0)),
+    ("queues of 65535", (1 << 30, 0, 1, 65535)),
+    ("too short", (2000, 0, 1, 128)),
+    ("larger than its file", (65536, 0, 4, 1024)),
+    ("beyond its file", (4096, 1 << 40, 1, 128)),
+    ("offset wraps", (4096, (1 << 64) - 64, 1, 128)),
+    ("crooked offset", (4096, 8, 1, 128)),
 ]
 
 
@@ -359,7 +377,8 @@ def test_in_flight_table_of_nonsense_breaks_the_queue(vhost: Server, where: str)
         front.negotiate()
         fd = front.get_inflight(1, 128)
         nonsense = {
-            "version": (8, b"\x07\x00"), "entries": (8, b"\x01\x00\x10\x00"),
+            "version": (8, b"\x07\x00"),
+            "entries": (8, b"\x01\x00\x10\x00"),
             "batch": (8, struct.pack("<HHHH", 1, 128, 0, 60000)),
             "links": (8, struct.pack("<HHHH", 1, 128, 0xFFFF, 0xFFFF)),
         }[where]
@@ -455,6 +474,7 @@ def test_memory_that_can_be_sealed_cannot_be_truncated(vhost: Server) -> None:
     memory.fd = os.memfd_create("sealable", os.MFD_ALLOW_SEALING)
     os.ftruncate(memory.fd, memory.size)
     import mmap
+
     memory.map = mmap.mmap(memory.fd, memory.size)
     with frontend(vhost.path, memory=memory) as front:
         with pytest.raises(PermissionError):

@@ -27,8 +27,10 @@ GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG = 36, 37, 38
 
 P_MQ, P_LOG_SHMFD, P_REPLY_ACK, P_BACKEND_REQ, P_CONFIG = 0, 1, 3, 5, 9
 P_INFLIGHT, P_RESET_DEVICE, P_MEM_SLOTS = 12, 13, 15
-ALL_PROTOCOL = sum(1 << bit for bit in (P_MQ, P_LOG_SHMFD, P_REPLY_ACK, P_BACKEND_REQ, P_CONFIG, P_INFLIGHT,
-                                        P_RESET_DEVICE, P_MEM_SLOTS))
+ALL_PROTOCOL = sum(
+    1 << bit
+    for bit in (P_MQ, P_LOG_SHMFD, P_REPLY_ACK, P_BACKEND_REQ, P_CONFIG, P_INFLIGHT, P_RESET_DEVICE, P_MEM_SLOTS)
+)
 
 F_RO, F_FLUSH, F_CONFIG_WCE, F_MQ, F_DISCARD, F_ZEROES = 5, 9, 11, 12, 13, 14
 F_LOG_ALL, F_INDIRECT, F_EVENT_IDX, F_PROTOCOL, F_VERSION_1 = 26, 28, 29, 30, 32
@@ -72,11 +74,11 @@ class Memory:
 
     def read(self, guest: int, size: int) -> bytes:
         at = guest - self.guest + self.offset
-        return self.map[at:at + size]
+        return self.map[at : at + size]
 
     def write(self, guest: int, data: bytes) -> None:
         at = guest - self.guest + self.offset
-        self.map[at:at + len(data)] = data
+        self.map[at : at + len(data)] = data
 
     def describe(self) -> bytes:
         return struct.pack("<QQQQ", self.guest, self.size, self.user, self.offset)
@@ -202,8 +204,9 @@ class Frontend:
 
     # ---- messages ----
 
-    def send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = 1,
-             size: int | None = None) -> None:
+    def send(
+        self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = 1, size: int | None = None
+    ) -> None:
         header = struct.pack("<III", request, flags, len(payload) if size is None else size)
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
         try:
@@ -340,8 +343,16 @@ class Frontend:
 
     # ---- the guest's driver ----
 
-    def build(self, kind: int, sector: int = 0, data: bytes = b"", want: int = 0, queue: int = 0,
-              indirect: bool = False, pieces: int = 1) -> tuple[int, int, int]:
+    def build(
+        self,
+        kind: int,
+        sector: int = 0,
+        data: bytes = b"",
+        want: int = 0,
+        queue: int = 0,
+        indirect: bool = False,
+        pieces: int = 1,
+    ) -> tuple[int, int, int]:
         """A request in memory: (head, address of the data, address of the status). Readable data, or `want` bytes."""
         q = self.queues[queue]
         m = q.memory
@@ -358,8 +369,16 @@ class Frontend:
         parts = [(at + n, min(step, size - n), flag) for n in range(0, size, step)]
         return q.add([(header, 16, 0), *parts, (status, 1, WRITE)], indirect), at, status
 
-    def request(self, kind: int, sector: int = 0, data: bytes = b"", want: int = 0, queue: int = 0,
-                indirect: bool = False, pieces: int = 1) -> tuple[int, bytes]:
+    def request(
+        self,
+        kind: int,
+        sector: int = 0,
+        data: bytes = b"",
+        want: int = 0,
+        queue: int = 0,
+        indirect: bool = False,
+        pieces: int = 1,
+    ) -> tuple[int, bytes]:
         """Runs one request to its end: (status, data read). The memory it takes is given back."""
         q = self.queues[queue]
         mark = q.memory.next
@@ -392,8 +411,15 @@ class Frontend:
 
 
 @contextlib.contextmanager
-def frontend(path: str | os.PathLike[str], queues: int = 1, num: int = 128, drop: int = 0, protocol: int = ALL_PROTOCOL,
-             inflight: bool = True, memory: Memory | None = None) -> Iterator[Frontend]:
+def frontend(
+    path: str | os.PathLike[str],
+    queues: int = 1,
+    num: int = 128,
+    drop: int = 0,
+    protocol: int = ALL_PROTOCOL,
+    inflight: bool = True,
+    memory: Memory | None = None,
+) -> Iterator[Frontend]:
     """A front end with running queues, as QEMU sets them up."""
     front = Frontend(path)
     try:

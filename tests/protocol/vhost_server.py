@@ -45,9 +45,23 @@ def build(mode: str) -> Path:
         if not program.exists() or program.stat().st_mtime < newest:
             temporary = folder / "new"
             subprocess.run(
-                ["cc", "-std=gnu11", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter", "-pthread", *FLAGS[mode],
-                 f"-I{ROOT}/native", f"-I{ROOT}/tests/native", *map(str, SOURCES), "-o", str(temporary)],
-                check=True, timeout=300,
+                [
+                    "cc",
+                    "-std=gnu11",
+                    "-g",
+                    "-Wall",
+                    "-Wextra",
+                    "-Wno-unused-parameter",
+                    "-pthread",
+                    *FLAGS[mode],
+                    f"-I{ROOT}/native",
+                    f"-I{ROOT}/tests/native",
+                    *map(str, SOURCES),
+                    "-o",
+                    str(temporary),
+                ],
+                check=True,
+                timeout=300,
             )
             temporary.rename(program)
     return program

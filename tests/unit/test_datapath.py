@@ -295,9 +295,7 @@ def test_asynchronous_requests_complete_once_on_the_reaper_thread(image: NativeI
     assert failure.value.errno == errno.EINVAL
 
 
-def test_a_failing_callback_does_not_stop_completions(
-    image: NativeImage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_callback_does_not_stop_completions(image: NativeImage, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(str(args.exc_value)))
 

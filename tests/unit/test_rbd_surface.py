@@ -242,10 +242,9 @@ def test_exceptions_carry_errno_and_words(code: int, name: str) -> None:
     assert not isinstance(failure, OSError)  # as in Ceph's module: its own tree
 
 
-# Known by name only: mirroring, journaling, encryption, the persistent cache, and imports by migration.
+# Known by name only: mirroring, journaling, encryption, the persistent cache.
 NOT_YET = {
     "RBD": """
-        migration_prepare_import
         mirror_image_info_list mirror_image_instance_id_list mirror_image_status_list mirror_image_status_summary
         mirror_mode_set mirror_peer_add mirror_peer_bootstrap_create mirror_peer_bootstrap_import
         mirror_peer_get_attributes mirror_peer_list mirror_peer_remove mirror_peer_set_attributes mirror_peer_set_client

@@ -24,7 +24,7 @@ from ..proxy import perform
 from ..resize import known_states, map_keeper
 from ..transfer_data import each
 from .existing import any_version
-from .objects import bring
+from .objects import bring, source_of
 from .records import Pair, find, set_both
 
 STRETCH = 256  # objects brought before the lock may move to whoever waits for it
@@ -121,6 +121,8 @@ def _wanted(handle: ImageHandle) -> list[int]:
     spec = header.migration
     assert spec is not None
     layout = header.layout
+    if header.imports:
+        return _of_import(handle, header)
     ctx = handle.store.open(spec.pool_id, spec.pool_namespace)
     with ImageHandle.open(ctx, image_id=spec.image_id, read_only=True, alone=True) as source:
         theirs = source.header.layout
@@ -137,4 +139,16 @@ def _wanted(handle: ImageHandle) -> list[int]:
                 for piece in layout.map(start, length)
             }
     end = max(layout.objects(size) for size in (header.size, *(snap.size for snap in header.snaps.values())))
+    return sorted(number for number in found if number < end)
+
+
+def _of_import(handle: ImageHandle, header: Header) -> list[int]:
+    source = source_of(handle)
+    found: set[int] = set()
+    points = [*range(len(source.snapshots)), None]
+    for before, point in zip([None, *points], points, strict=False):
+        size = source.size if point is None else source.snapshots[point].size
+        for extent in source.extents(0, size, point, before):
+            found.update(piece.objno for piece in header.layout.map(extent.offset, extent.length))
+    end = max(header.layout.objects(size) for size in (header.size, *(snap.size for snap in header.snaps.values())))
     return sorted(number for number in found if number < end)

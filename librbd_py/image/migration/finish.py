@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 from librbd_py.format import header as fh
 from librbd_py.format import names
+from librbd_py.format import trash as ftr
 from librbd_py.format.header import MIGRATION_ABORTING, MIGRATION_EXECUTED, MIGRATION_EXECUTING, MIGRATION_PREPARED
-from librbd_py.store.api import NOSNAP, ObjectContext
+from librbd_py.store.api import NOSNAP, ObjectContext, OmapGetByKeys
 
 from .. import cls, group, snapshots
 from ..content import read_view
@@ -24,6 +25,8 @@ from .existing import objects_of
 from .objects import complete
 from .records import Pair, Side, find, forget, record, set_both
 from .relink import move_children, move_group
+
+CARRIED = "carried back"  # the state's description in an abort that only has to take away the destination
 
 
 def commit(ctx: ObjectContext, name: str, progress: Progress | None = None) -> None:
@@ -69,7 +72,32 @@ def _remove_snapshots(handle: ImageHandle) -> None:
 def abort(ctx: ObjectContext, name: str, progress: Progress | None = None) -> None:
     """Everything is as before `prepare`, but for what was written since: that is carried back. ENOENT; EINVAL: it does
     not migrate; EBUSY: somebody has the destination open. Called again it goes on where it was cut short."""
-    abort_pair(find(ctx, name), progress)
+    try:
+        pair = find(ctx, name)
+    except OSError as failure:
+        if failure.errno in (errno.ENOENT, errno.EINVAL) and _restored(ctx, name):
+            return
+        raise
+    abort_pair(pair, progress)
+
+
+def _restored(ctx: ObjectContext, name: str) -> bool:
+    """Whether the image was on its way to the trash to migrate from there, and has its name again."""
+    for image_id, entry in cls.trash_list(ctx).items():
+        if entry.source == ftr.SOURCE_MIGRATION and entry.name == name and record(ctx, image_id) is None:
+            with ignoring(errno.ENOENT):
+                if fh.COPY_KEY in ctx.read(header_oid(image_id), [OmapGetByKeys([fh.COPY_KEY])])[0]:
+                    continue  # half of a copy from another store
+            if not exists(ctx, header_oid(image_id)):
+                continue
+            if leads_to(ctx, name, image_id):  # it was not even half way
+                with ignoring(errno.EEXIST):
+                    ctx.write(names.DIRECTORY, [cls.call("dir_add_image", cls.text(name), cls.text(image_id))])
+                cls.trash_forget(ctx, image_id)
+            else:
+                restore(ctx, image_id, name, migration=True)
+            return True
+    return False
 
 
 def abort_pair(pair: Pair, progress: Progress | None, opened: ImageHandle | None = None) -> None:
@@ -109,11 +137,14 @@ def _undo_dest(pair: Pair, handle: ImageHandle | None, progress: Progress | None
         if other_watchers(made):
             raise OSError(errno.EBUSY, f"image {dest.name} is open elsewhere")
         with made.exclusive():
-            if record(dest.ctx, dest.id) is not None:
+            known = record(dest.ctx, dest.id)
+            if known is not None and (known.state, known.state_description) != (MIGRATION_ABORTING, CARRIED):
                 set_both(pair, MIGRATION_ABORTING)
                 announce(dest.ctx, dest.oid)
                 if handle is not None and source is not None:
                     _carry_back(made, handle, progress)
+                # From here on the destination falls apart: nothing of it may be carried back any more.
+                set_both(pair, MIGRATION_ABORTING, CARRIED)
             if handle is not None and source is not None:
                 move_children(made.refresh(), dest, handle.refresh(), source)
                 move_group(dest, source)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,20 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from librbd_py.format import object_map as fm
-from librbd_py.store.api import NO_SNAPS, NOSNAP, SNAPDIR, Exec, ListSnaps, OmapGetVals, OmapRmKeys, OmapSet, SnapSet
+from librbd_py.source import DATA, Source
+from librbd_py.store.api import (
+    NO_SNAPS,
+    NOSNAP,
+    SNAPDIR,
+    Exec,
+    ListSnaps,
+    OmapGetVals,
+    OmapRmKeys,
+    OmapSet,
+    Op,
+    Read,
+    SnapSet,
+)
 
 from ..cls import call, u8, u64
 from ..content import read_view
@@ -32,6 +46,7 @@ from ..view import ViewSpec
 if TYPE_CHECKING:
     from ..handle_view import HandleView
 
+KEPT = 4  # objects that a reader of an import keeps
 NOTE = b"rbdpy_bringing_"  # keys in the header's omap: objects whose versions are being written
 
 
@@ -63,6 +78,27 @@ class Bringer:
             with self._free:
                 self._busy.discard(objno)
                 self._free.notify_all()
+
+
+class Reader:
+    """`fetch` of a view of an import that changes nothing: objects stay away, and are kept for the next reads."""
+
+    def __init__(self, handle: HandleView, there: int) -> None:
+        self._handle = handle
+        self._there = there
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._guard = threading.Lock()
+
+    def __call__(self, objno: int) -> bytes | bool:
+        with self._guard:
+            found = self._kept.get(objno)
+        if found is None:
+            found = history_of(self._handle, objno).content(self._there)
+            with self._guard:
+                self._kept[objno] = found
+                while len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+        return found or False
 
 
 @dataclass(frozen=True)
@@ -126,6 +162,13 @@ class History:
         ranges = view.layout.within(self.objno, 0, view.layout.object_size, view.overlap)
         return b"".join(read_view(view.parent, start, length) for start, length in ranges).rstrip(b"\0")
 
+    def now(self, oid: str) -> bytes | None:
+        """What the destination's HEAD has of it."""
+        with ignoring(errno.ENOENT):
+            data: bytes = self.handle.data_ctx.read(oid, [Read()])[0]
+            return data
+        return None
+
     @cached_property
     def steps(self) -> list[tuple[Step, int]]:
         """With the snapshot (or HEAD) that sees it first; contents are read when they are written."""
@@ -140,29 +183,85 @@ class History:
         return found
 
 
-def bring(handle: HandleView, objno: int) -> bool:
-    """Whether there is an object in HEAD now. What was begun is completed; what is here already is left alone."""
-    history = History(handle, objno)
+class ImportHistory(History):
+    """The source is no image of this store. Its snapshots have the ids 1, 2, ..., oldest first."""
+
+    def __init__(self, handle: HandleView, objno: int) -> None:
+        super().__init__(handle, objno)
+        self.source = source_of(handle)
+        self._last: tuple[object, ...] = ()
+        self._since: int | None = None
+
+    def _ranges(self, there: int, at: int | None) -> list[tuple[int, int]]:
+        view = self._view(there)
+        size = self.source.size if at is None else self.source.snapshots[at].size
+        return view.layout.within(self.objno, 0, view.layout.object_size, min(view.overlap, size))
+
+    def _versions(self, view: ViewSpec, here: int) -> tuple[object, ...]:
+        """Asked in order. A new one wherever the source names a change."""
+        at = None if here == NOSNAP else here - 1
+        size = self.source.size if at is None else self.source.snapshots[at].size
+        ranges = view.layout.within(self.objno, 0, view.layout.object_size, min(view.overlap, size))
+        total = sum(length for _, length in ranges)
+        changed = any(
+            extent.kind is DATA or self._last
+            for start, length in ranges
+            for extent in self.source.extents(start, length, at, self._since)
+        )
+        self._since = at
+        if changed or (self._last and self._last[-1] != total):
+            self._last = (here, total)
+        return self._last
+
+    def content(self, there: int) -> bytes:
+        here = next(here for here, mine in self.points if mine == there) if there not in self.newer else NOSNAP
+        at = None if here == NOSNAP else here - 1
+        return b"".join(self.source.read(start, length, at) for start, length in self._ranges(there, at)).rstrip(b"\0")
+
+
+def history_of(handle: HandleView, objno: int) -> History:
+    return ImportHistory(handle, objno) if handle._header.imports else History(handle, objno)
+
+
+def source_of(handle: HandleView) -> Source:
+    """What an import reads from, opened at first use."""
+    from .imported import Imported
+
+    header = handle._header
+    assert header.migration is not None
+    with handle._state:
+        if handle.imported is None:
+            handle.imported = Imported(header.migration.source_spec, handle.store)
+        return handle.imported.source
+
+
+def bring(handle: HandleView, objno: int, again: bool = False) -> bool:
+    """Whether there is an object in HEAD now. What is here already is left alone, but for the last of its versions when
+    that may have been cut short (`again`)."""
+    history = history_of(handle, objno)
     oid = handle.objects.oid(objno)
     begun: SnapSet | None = None
     with ignoring(errno.ENOENT):
         begun = handle.data_ctx.read(oid, [ListSnaps()], SNAPDIR)[0]
     steps = history.steps
-    left = [at for at, (step, _) in enumerate(steps) if begun is None or step.seq > begun.seq]
+    least = -1 if begun is None else begun.seq if again else begun.seq + 1
+    left = [at for at, (step, _) in enumerate(steps) if step.seq >= least]
     if left:
-        with _noted(handle, objno, len(left) > 1):
+        # Only the copy-up of a first version that all snapshots share is done or not done whatever happens.
+        whole = begun is None and len(left) == 1 and not steps[0][0].older
+        with _noted(handle, objno, not whole):
             _update_maps(history)
-            old = None
-            if left[0]:
-                step, there = steps[left[0] - 1]
-                old = None if step.content is None else history.content(there)
+            old = history.now(oid)
             for at in left:
                 step, there = steps[at]
                 new = None if step.content is None else history.content(there)
                 if new is None and old is None:
                     continue
                 with ignoring(*((errno.ENOENT,) if new is None else ())):
-                    ops = change(old, new, 1 << handle.objects.order)
+                    if whole:
+                        ops: list[Op] = [Exec("rbd", "copyup", new or b"")]
+                    else:
+                        ops = change(old, new, 1 << handle.objects.order)
                     handle.data_ctx.write(oid, ops, snap_context(step.older))
                 old = new
     if exists(handle.data_ctx, oid):
@@ -217,5 +316,5 @@ def complete(handle: HandleView) -> None:
         return
     rows, _ = handle.ctx.read(handle.oid, [OmapGetVals(prefix=NOTE)])[0]
     for key in rows:
-        bring(handle, int(key.removeprefix(NOTE), 16))
+        bring(handle, int(key.removeprefix(NOTE), 16), again=True)
         handle.ctx.write(handle.oid, [OmapRmKeys([key])])

@@ -84,6 +84,11 @@ def move_group(source: Side, dest: Side) -> None:
     """The destination takes the source's place in its group, if it is in one. ENOENT: the group is gone."""
     pool_id, group_id = cls.group_of(source.ctx, source.oid)
     if pool_id == -1:
+        # Cut short, its place may be the destination's already, and only the group still know of it.
+        pool_id, group_id = cls.group_of(dest.ctx, dest.oid)
+        if pool_id != -1:
+            ctx = dest.ctx.store.open(pool_id, dest.ctx.namespace)
+            group.drop_image(ctx, group_id, source.ctx.pool_id, source.id)
         return
     ctx = source.ctx.store.open(pool_id, source.ctx.namespace)
     if source.ctx.namespace != dest.ctx.namespace:

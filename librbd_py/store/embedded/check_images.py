@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, TypeVar
 
 from librbd_py.format import features, names, object_map
 from librbd_py.format.encoding import DecodeError, Decoder, encode_string
-from librbd_py.format.header import COPY_KEY, COPYING, Parent, Snap, decode_children, snap_children_key, snap_key
+from librbd_py.format.header import (
+    COPY_KEY,
+    COPYING,
+    MIGRATION_ABORTING,
+    MIGRATION_DESTINATION,
+    MIGRATION_EXECUTING,
+    MIGRATION_KEY,
+    MIGRATION_PREPARING,
+    MigrationSpec,
+    Parent,
+    Snap,
+    decode_children,
+    snap_children_key,
+    snap_key,
+)
 
 from .. import layout as native
 from . import content
@@ -76,6 +90,10 @@ class Header:
         return self._omap.get(COPY_KEY)
 
     @property
+    def migration(self) -> MigrationSpec | None:
+        return self._decoded(MIGRATION_KEY, MigrationSpec.decode) if MIGRATION_KEY in self._omap else None
+
+    @property
     def objects(self) -> int | None:
         return None if self.size is None else self.objects_of(self.size)
 
@@ -129,10 +147,24 @@ class ImageChecker:
         for header in self.headers.values():
             self._header(header)
             self._family(header)
+            self._migration(header)
             if header.copying is not None:
                 self._found(_NOTE, header.oid, "is a copy that was cut off", "copy the image again (rbdpy store copy)")
             if header.copying is None or not header.copying.startswith(COPYING):
                 self._maps(header)
+
+    def _migration(self, header: Header) -> None:
+        """A migration may wait between its steps for as long as anybody likes, but not within one."""
+        spec = header.migration
+        if spec is None or spec.header_type != MIGRATION_DESTINATION:
+            return
+        if spec.state in (MIGRATION_PREPARING, MIGRATION_ABORTING):
+            step = "prepared" if spec.state == MIGRATION_PREPARING else "aborted"
+            self._found(_NOTE, header.oid, f"its migration was being {step} when that was cut short", "abort it")
+        elif spec.state == MIGRATION_EXECUTING:
+            self._found(
+                _NOTE, header.oid, "not all of it has come over from where it migrates from", "execute it again"
+            )
 
     def _omap(self, pool: int, namespace: str, oid: str) -> Iterator[tuple[bytes, bytes]]:
         row = load_row(self.c, pool, namespace, oid)

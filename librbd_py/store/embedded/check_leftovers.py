@@ -91,9 +91,16 @@ class Leftovers:
             elif spec.source == trash.SOURCE_REMOVING:
                 what = f"image {image_id!r} ({spec.name!r}): its creation or removal was cut short"
                 self._found(where, what, "remove it from the trash by its id")
+            elif spec.source == trash.SOURCE_MIGRATION and not self._migrates(pool, namespace, image_id):
+                what = f"image {image_id!r} ({spec.name!r}): its migration was cut short at the beginning or the end"
+                self._found(where, what, "abort the migration by this name, or commit it by its new one")
             elif spec.state in _STATES:
                 what = f"image {image_id!r} ({spec.name!r}) was being {_STATES[spec.state]} when that was cut short"
                 self._found(where, what, "do it again")
+
+    def _migrates(self, pool: int, namespace: str, image_id: str) -> bool:
+        header = self._headers.get((pool, namespace, image_id))
+        return header is not None and (header.migration is not None or header.copying is not None)
 
     def _ids(self, pool: int, namespace: str) -> None:
         known = self._omap(pool, namespace, names.DIRECTORY)[1]
