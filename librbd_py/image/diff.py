@@ -99,7 +99,7 @@ def changes(
         rows = _allocated(handle.data, offset, length)
         if whole_object:
             rows = _by_object(rows, layout.object_size, offset, offset + length)
-    elif header.migrates and start_id:
+    elif header.migrates and (start_id or include_parent):
         rows = _compared(handle, offset, length, start_id)
     else:
         rows = _rows(handle, offset, length, start_id, end_id, include_parent, whole_object)
@@ -122,12 +122,13 @@ def changes(
 
 def _compared(handle: ImageHandle, offset: int, length: int, start_id: int) -> Iterator[tuple[int, int, bool]]:
     """Byte by byte: while an image migrates, an object's own history is not all of its history."""
-    before, after = handle.view_at(start_id), handle.view_at(handle.snap_id)
+    before, after = handle.view_at(start_id) if start_id else None, handle.view_at(handle.snap_id)
     end = offset + length
     while offset < end:
         take = min(COMPARED - offset % COMPARED, end - offset)
-        there = max(0, min(take, before.size - offset))
-        old, new = read_view(before, offset, there).ljust(take, b"\0"), read_view(after, offset, take)
+        there = 0 if before is None else max(0, min(take, before.size - offset))
+        old = bytes(take) if before is None else read_view(before, offset, there).ljust(take, b"\0")
+        new = read_view(after, offset, take)
         if old != new:
             yield offset, take, bool(new.strip(b"\0"))
         offset += take
