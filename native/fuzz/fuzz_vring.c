@@ -4,7 +4,8 @@
  *
  * Memory of the guest ends in pages that fault; log and table are heap blocks of exactly their size.
  *
- * link: transport/vhost_queue.c transport/vring.c transport/virtio_blk.c transport/guest_memory.c transport/vhost_log.c
+ * link: transport/vhost_queue.c transport/vhost_order.c transport/vring.c transport/virtio_blk.c
+ * link: transport/guest_memory.c transport/vhost_log.c
  * link: transport/vhost_shm.c transport/export.c transport/vhost_call.c store/guard.c
  * seeds: seeds_vring.py
  */

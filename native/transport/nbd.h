@@ -31,14 +31,19 @@
 #define NBD_IN_SIZE 2048u
 #define NBD_IN_ROOM 1024u
 #define NBD_HELD_MAX (200u << 10)
+#define NBD_MEMORY_MAX (150u << 10)
+#define NBD_SHARE (16u << 10)
 #define NBD_SLOTS_MAX 6
 #else
 #define NBD_OPTION_MAX (64u << 10) /* bytes of one option that we read; longer ones are skipped and refused */
 #define NBD_IN_SIZE (256u << 10)   /* bytes of a receive buffer */
 #define NBD_IN_ROOM (64u << 10)    /* bytes free in it, else it is compacted or replaced */
 #define NBD_HELD_MAX (60u << 20)   /* bytes of buffers per connection; then we stop reading */
+#define NBD_MEMORY_MAX (512u << 20) /* of all connections together */
+#define NBD_SHARE (2u << 20)       /* what a connection may hold all the same */
 #define NBD_SLOTS_MAX 512          /* requests per connection; then we stop reading */
 #endif
+extern _Atomic size_t nbd_memory_max; /* bytes; tests change it */
 #define NBD_BATCH_COUNT 8          /* replies of a batch; also what vhost-user publishes at once */
 #define NBD_BATCH_BYTES (32u << 10)
 #define NBD_OPTION_SKIP_MAX (16u << 20)   /* beyond: disconnect */

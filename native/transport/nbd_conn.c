@@ -4,7 +4,7 @@
  *
  * Back-pressure: a request that finds no slot or no room under NBD_HELD_MAX stays in the receive buffer and nothing is
  * received until replies have left. So a client that does not read costs NBD_HELD_MAX at most, and one that is idle
- * only this struct. */
+ * only this struct. All together hold nbd_memory_max; beyond that each may have NBD_SHARE, or one request. */
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
@@ -12,18 +12,25 @@
 #include "transport/nbd.h"
 #include "transport/nbd_socket.h"
 
+_Atomic size_t nbd_memory_max = NBD_MEMORY_MAX;
+static _Atomic size_t all_held; /* bytes of buffers, of all connections */
+
 static struct nbd_buffer *take(struct nbd_conn *c, size_t size)
 {
     struct nbd_buffer *b = nbd_buffer_get(c->cache, size);
-    if (b)
+    if (b) {
         c->held += b->size;
+        atomic_fetch_add_explicit(&all_held, b->size, memory_order_relaxed);
+    }
     return b;
 }
 
 static void release(struct nbd_conn *c, struct nbd_buffer *b)
 {
-    if (b->refs == 1)
+    if (b->refs == 1) {
         c->held -= b->size;
+        atomic_fetch_sub_explicit(&all_held, b->size, memory_order_relaxed);
+    }
     nbd_buffer_put(c->cache, b);
 }
 
@@ -48,7 +55,13 @@ struct nbd_slot *nbd_conn_slot(struct nbd_conn *c)
 
 int nbd_conn_buffer(struct nbd_conn *c, struct nbd_slot *s, size_t size)
 {
-    if (c->held + nbd_buffer_capacity(size) > NBD_HELD_MAX)
+    size_t more = nbd_buffer_capacity(size);
+    if (c->held + more > NBD_HELD_MAX)
+        return -EAGAIN;
+    /* Waits for its own replies to leave, so it must have some on the way besides this one. */
+    if (c->held + more > NBD_SHARE && c->slots > 1 &&
+        atomic_load_explicit(&all_held, memory_order_relaxed) + more >
+            atomic_load_explicit(&nbd_memory_max, memory_order_relaxed))
         return -EAGAIN;
     s->buffer = take(c, size);
     return s->buffer ? 0 : -ENOMEM;

@@ -10,6 +10,7 @@
 #include "fake_image.h"
 #include "ffi/api_engine.h"
 #include "ffi/api_export.h"
+#include "transport/nbd.h"
 
 #define EXPORTS 16
 #define CAPACITY (256u << 20)
@@ -113,6 +114,10 @@ static int command(rbdn_nbd_server *server, struct image *image, char *line, cha
         snprintf(answer, room, " %u %llu %llu", s.clients, (unsigned long long)s.accepted,
                  (unsigned long long)s.broken);
         return rc;
+    }
+    if (sscanf(line, "memory %llu", &size) == 1) {
+        atomic_store(&nbd_memory_max, size);
+        return 0;
     }
     if (!strcmp(line, "end"))
         return rbdn_nbd_server_stop(server);

@@ -159,6 +159,30 @@ def test_client_that_does_not_read_replies_is_held_back(nbd: FakeServer) -> None
             assert c.reply().cookie == cookie
 
 
+def test_clients_that_do_not_read_share_one_limit(nbd: FakeServer) -> None:
+    nbd.do(f"memory {40 * MIB}")
+    before = nbd.rss()
+    slow = [Client(nbd.socket).negotiate() for _ in range(6)]
+    try:
+        reads = [c.start_reads([(0, MIB)] * 100) for c in slow]
+        with Client(nbd.socket).negotiate() as other:
+            # each of them has one request at least, and another client lives beside them
+            until(lambda: nbd.ask("counts")[1] >= 40, "the server reads ahead")
+            assert other.read(0, 16 * MIB) == bytes(16 * MIB)
+            for _ in range(4):
+                cookies = other.start_reads([(0, 65536)] * 16)
+                assert sorted(other.reply().cookie for _ in cookies) == sorted(cookies)
+        # 40 MiB, what was under way when they were reached, and what the sockets took; the other one's are 65
+        assert nbd.ask("counts")[1] < 65 + 120
+        assert nbd.rss() - before < 90 * MIB * MEMORY_FACTOR
+        for c, cookies in zip(slow, reads, strict=True):
+            for cookie in cookies:
+                assert c.reply().cookie == cookie
+    finally:
+        for c in slow:
+            c.close()
+
+
 def test_engine_that_does_not_answer_bounds_what_is_read(nbd: FakeServer) -> None:
     nbd.do("hold 1")
     before = nbd.rss()
