@@ -39,14 +39,15 @@ class Journal:
         self.commands: dict[str, dict[str, Any]] = {}
         self._records = 0
         self._mutex = threading.Lock()
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_APPEND, 0o600)
+        self._fd = -1
         try:
-            self._lock()
+            self._open()
             self._load()
             if not self._records:
                 self._sync_folder()  # a new file: its name must be on the disk before what it remembers is counted on
         except BaseException:
-            os.close(self._fd)
+            if self._fd >= 0:
+                os.close(self._fd)
             raise
 
     def remember(self, key: str, command: dict[str, Any]) -> None:
@@ -69,6 +70,26 @@ class Journal:
 
     def close(self) -> None:
         os.close(self._fd)
+
+    def _open(self) -> None:
+        """Opens and locks the file that has the name: who waited for the lock may have waited at one that its owner has
+        replaced meanwhile."""
+        while True:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_APPEND
+            self._fd = os.open(self._path, flags, 0o600)
+            self._lock()
+            if self._has_name(self._fd):
+                return
+            os.close(self._fd)
+            self._fd = -1
+
+    def _has_name(self, fd: int) -> bool:
+        try:
+            named = os.lstat(self._path)
+        except FileNotFoundError:
+            return False
+        here = os.fstat(fd)
+        return (named.st_dev, named.st_ino) == (here.st_dev, here.st_ino)
 
     def _lock(self) -> None:
         end = time.monotonic() + self._patience
@@ -133,6 +154,8 @@ class Journal:
             with open(fd, "wb", closefd=False) as file:
                 file.writelines(_line({"remember": key, "command": c}) for key, c in self.commands.items())
             os.fsync(fd)
+            if not self._has_name(old):  # taken away, and perhaps another daemon's by now
+                raise OSError(errno.ESTALE, "it is no longer the file of that name")
             os.rename(temporary, self._path)
         except BaseException:
             self._fd = old

@@ -7,6 +7,8 @@ import os
 import random
 import resource
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,3 +182,54 @@ def test_no_room_is_an_error_and_leaves_whole_records(path: Path) -> None:
     assert 0 < kept == len(reopened(path))
     assert path.stat().st_size <= 400
     assert os.path.getsize(path) == sum(len(line) + 1 for line in path.read_bytes().split(b"\n")[:-1])
+
+
+def opened(path: Path) -> int:
+    """Descriptors of this process that are that file."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            count += os.readlink(f"/proc/self/fd/{name}") == str(path)
+    return count
+
+
+def test_who_waited_for_a_file_that_was_replaced_opens_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    first = Journal(path)
+    first.remember("kept", command(1))
+    found: list[Journal] = []
+    waiting = threading.Thread(target=lambda: found.append(Journal(path, patience=20.0)))
+    old = os.stat(path).st_ino
+    waiting.start()
+    end = time.monotonic() + 20
+    while opened(path) < 2:
+        assert time.monotonic() < end, "the second never opened it"
+        time.sleep(0.001)
+    first._rewrite()
+    assert os.stat(path).st_ino != old
+    first.remember("later", command(2))
+    first.close()
+    waiting.join(20)
+    (second,) = found
+    assert list(second.commands) == ["kept", "later"]
+    assert os.fstat(second._fd).st_ino == os.stat(path).st_ino
+    second.close()
+
+
+def test_a_file_that_lost_its_name_is_not_written_over_anothers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "state"
+    ours = Journal(path)
+    os.rename(path, tmp_path / "moved")
+    theirs = Journal(path)
+    theirs.remember("theirs", command(3))
+    for _ in range(SLACK + 2):
+        ours.remember("x", command(4))
+        ours.forget("x")
+    assert "no longer the file of that name" in caplog.text
+    theirs.close()
+    again = Journal(path)
+    assert list(again.commands) == ["theirs"]
+    again.close()
+    ours.close()
