@@ -9,9 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from librbd_py.format import features as ft
 from librbd_py.image import cls, snapshots
-from librbd_py.image.diff import changes
 from librbd_py.image.directory import CreateOptions, create_unnamed, give_name
 from librbd_py.image.handle import ImageHandle
+from librbd_py.image.import_source import zero
 from librbd_py.image.io import before_write
 from librbd_py.image.progress import Progress, report
 from librbd_py.image.resize import resize
@@ -22,7 +22,6 @@ from .vault import Vault
 from .wire import Manifest, decode_part
 
 PARALLEL = 4  # downloads at a time
-ZEROED = 1 << 30  # bytes that are looked through at once for what has to be zeroed
 
 
 def choose(every: list[Manifest], wanted: str | None) -> Manifest:
@@ -95,22 +94,13 @@ def _apply(
     for data in _ahead(vault, manifest, max(parallel, 1)):
         for offset, length, content in decode_part(data, manifest.size):
             if content is None:
-                _zero(dest, offset, length)
+                zero(dest, offset, length)
             else:
                 dest.data.write(offset, bytes(content))
         done += 1
         report(progress, done, total)
     dest.data.flush()
     return done
-
-
-def _zero(dest: ImageHandle, offset: int, length: int) -> None:
-    """Only where there is something: a range may be the whole of a large image."""
-    end = offset + length
-    for start in range(offset, end, ZEROED):
-        for at, size, data in list(changes(dest, start, min(ZEROED, end - start), 0)):
-            if data:
-                dest.data.write_zeroes(at, size)
 
 
 def _ahead(vault: Vault, manifest: Manifest, parallel: int) -> Iterator[bytes]:

@@ -42,6 +42,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("run",), ("cmd_run",)),
     **dict.fromkeys(("host",), ("cmd_host",)),
     **dict.fromkeys(("backup",), ("cmd_backup",)),
+    **dict.fromkeys(("source",), ("cmd_source",)),
     **dict.fromkeys(("vm",), ("cmd_vm",)),
 }
 

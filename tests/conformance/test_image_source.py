@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 from image_fixtures import MIB, Cluster, R, cluster, io
 
 from librbd_py import rbd
+from librbd_py.cli.main import main
+from librbd_py.image.directory import CreateOptions
+from librbd_py.image.import_source import import_source
 from librbd_py.image.native_source import KEPT_OPEN, NativeSource, open_any
 from librbd_py.source import ZERO, Source
 from librbd_py.store.api import ObjectContext
@@ -175,3 +179,74 @@ def test_config_keys_are_looked_up_at_the_monitors(ceph_conf: str, tmp_path: Pat
         with pytest.raises(OSError) as caught:
             _config_key(embedded, "rbd/s3/key")
         assert caught.value.errno == errno.EOPNOTSUPP
+
+
+def test_an_image_is_made_of_a_source(image: rbd.Image, cluster: Cluster) -> None:
+    source = open_any(SPEC, cluster.first, import_only=False)
+    io = cluster.pool("other")
+    import_source(source, io, "q", CreateOptions(order=16))
+    with rbd.Image(io, "q") as made:
+        assert [snap["name"] for snap in sorted(made.list_snaps(), key=lambda s: int(s["id"]))] == [
+            "one",
+            "two",
+            "three",
+        ]
+        for point in (None, 0, 1, 2):
+            made.set_snap(None if point is None else source.snapshots[point].name)
+            assert made.read(0, made.size()) == content(source, point)
+    with pytest.raises(FileExistsError):
+        import_source(source, io, "q")
+    source.close()
+    with pytest.raises(OSError) as caught:
+        import_source(source, io, "r")
+    assert caught.value.errno == errno.EBADF and list(R.list(io)) == ["q"] and list(R.trash_list(io)) == []
+
+
+def test_raw_snapshots_share_what_did_not_change(io: ObjectContext, cluster: Cluster, tmp_path: Path) -> None:
+    """A raw source knows only that everything may have changed."""
+    for name, place in (("one", 0), ("two", 3), ("head", 5)):
+        data = bytearray(b"base" * (MIB // 2))
+        data[place * 65536 : place * 65536 + 10] = b"x" * 10
+        (tmp_path / name).write_bytes(data)
+
+    def raw(name: str) -> dict[str, Any]:
+        return {"type": "raw", "stream": {"type": "file", "file_path": f"{tmp_path}/{name}"}}
+
+    spec = raw("head") | {"snapshots": [raw(name) | {"name": name} for name in ("one", "two")]}
+    source = open_any(spec, cluster.first)
+    import_source(source, io, "q")
+    with rbd.Image(io, "q") as made:
+        for name in ("one", "two"):
+            made.set_snap(name)
+            assert made.read(0, 2 * MIB) == (tmp_path / name).read_bytes()
+        made.set_snap(None)
+        rows: list[Any] = []
+        made.diff_iterate(0, 2 * MIB, "one", lambda *row: rows.append(row))
+        assert made.read(0, 2 * MIB) == (tmp_path / "head").read_bytes()
+        assert sum(length for _, length, _ in rows) <= 3 * 16384
+    source.close()
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, store = tmp_path / "a.raw", f"{tmp_path}/s"
+    path.write_bytes(b"abc" * MIB)
+    spec = json.dumps({"type": "raw", "stream": {"type": "file", "file_path": str(path)}})
+    (tmp_path / "spec.json").write_text(spec)
+    assert main(["--store", store, "source", "info", "--source-spec", spec]) == 0
+    assert capsys.readouterr().out == f"size 3 MiB ({3 * MIB} bytes)\n"
+    words = ["--store", store, "source", "import", "rbd/q", "--source-spec-path", f"{tmp_path}/spec.json"]
+    assert main([*words, "--no-progress", "--object-size", "64K"]) == 0
+    with EmbeddedStore(store) as opened, rbd.Image(opened.open("rbd"), "q") as made:
+        assert made.read(0, 3 * MIB) == path.read_bytes() and made.stat()["order"] == 16
+    capsys.readouterr()
+    for more, code, said in (
+        (["import", "q"], 22, "--source-spec"),
+        (["import", "q", "--source-spec", "{}"], 22, "type"),
+        (["import", "q", "--source-spec", "nonsense"], 74, "JSON"),
+        (["import", "q", "--source-spec", spec], 17, "exists"),
+        (["import", "r", "--source-spec", spec, "--object-size", "5000"], 22, "power of two"),
+        (["info", "--source-spec", spec.replace("a.raw", "b.raw")], 2, "b.raw"),
+        (["info", "--source-spec-path", "/none"], 2, "none"),
+    ):
+        assert main(["--store", store, "source", *more]) == code
+        assert said in capsys.readouterr().err
