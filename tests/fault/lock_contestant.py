@@ -66,6 +66,7 @@ class Contestant:
         self._lock = threading.Lock()
         self._sequence = 0
         self.written = 0
+        self.acked: dict[int, Mark] = {}  # by `writer`: what was acknowledged last of each block
         self.errors: list[tuple[float, int]] = []
 
     def close(self) -> None:
@@ -192,7 +193,6 @@ class Contestant:
     def writer(self, depth: int) -> None:
         """As `load`, but each thread has blocks of its own, so what was acknowledged last of each is known."""
         self._stop = False
-        self.acked: dict[int, Mark] = {}
         self._load = [threading.Thread(target=self._tick, args=(n, depth), daemon=True) for n in range(depth)]
         for thread in self._load:
             thread.start()
@@ -227,6 +227,10 @@ class Contestant:
             time.sleep(0.001)
         with self._lock:
             return {"offered": offered, "begun": begun, "ended": ended, "acked": list(self.acked.items())}
+
+    def asked(self) -> int:
+        """How many peers want the lock and wait."""
+        return len(self.image.handle.control.diary.answer("", "").waiting)
 
     def take_back(self) -> None:
         self.image.handle.take_back()

@@ -106,6 +106,40 @@ def test_it_is_asked_who_it_is_and_does_not_mind(world: World) -> None:
     world.guest.unmap(device)
 
 
+def test_it_gets_the_lock_after_a_hand_off(world: World) -> None:
+    """From the second of two clients of ours, but not while it is offered; and gives it back to either."""
+    R.create(world.ioctx, "moved", 16 * MIB)
+    key = "uuid:6f1a7a34-59c3-4e4b-8f0e-0d4a3e0b9a11"
+    with (
+        rados.Rados(conffile=world.conf) as other,
+        other.open_ioctx(world.pool) as io,
+        rbd.Image(world.ioctx, "moved") as here,
+        rbd.Image(io, "moved") as there,
+    ):
+        device = world.guest.map(world.pool, "moved")  # which takes the lock
+        here.write(b"source", 0)
+        there.handle.stand_by(key, park=True)
+        assert here.handle.offer(key)
+        asking = threading.Thread(target=world.guest.write, args=(device, "guest", MIB))
+        asking.start()
+        try:
+            time.sleep(0.5)  # it asks and is told to come again
+            assert asking.is_alive() and here.handle.handing_over
+        finally:
+            there.handle.take_over()
+            asking.join(60)
+        assert not asking.is_alive()
+        there.write(b"next", 2 * MIB)
+        assert there.is_exclusive_lock_owner() and there.read(MIB, 5) == b"guest"
+        world.guest.write(device, "again", MIB)
+        here.handle.stand_down()
+        here.write(b"old", 0)
+        assert world.guest.read(device, 4, 2 * MIB) == "next" and world.guest.read(device, 6, 0) == "oldrce"
+        world.guest.unmap(device)
+        assert not world.ioctx.rados.store.blocklist()
+    checked(world, "moved")
+
+
 def test_it_writes_while_we_write(world: World) -> None:
     """Both sides at once, the lock moving under them: every write that was acknowledged is there."""
     R.create(world.ioctx, "busy", 16 * MIB)
