@@ -21,7 +21,7 @@ from librbd_py.source.spec import MAX_SPEC
 
 def with_spec(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source-spec", help="source-spec, as JSON")
-    parser.add_argument("--source-spec-path", help="file with the source-spec: keys on a command line are seen by others")
+    parser.add_argument("--source-spec-path", help="file with the source-spec: others see a command line")
 
 
 def with_creation(parser: argparse.ArgumentParser) -> None:
