@@ -151,6 +151,7 @@ _ALL = (
     Option("nbd", "", str, "serve over NBD on a Unix socket or TCP address", value_name="SOCKET|HOST:PORT"),
     Option("vhost-user", "", str, "serve over vhost-user-blk on a Unix socket", value_name="SOCKET"),
     Option("read-only", "", None, "serve read-only (a snapshot always is)"),
+    Option("resume", "", None, "go on where it was broken off; what was moved is kept"),
     Option("effects", "", None, "say which options this program honours"),
     Option("queues", "", u32, "vhost-user: queues offered [default: 1]", quotes=True),
     Option("name", "", str, "NBD: name of the export [default: the image's]"),

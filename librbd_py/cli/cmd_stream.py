@@ -47,7 +47,7 @@ def _say(session: Session, error: BaseException) -> None:
     "no-progress",
     "export-format",
     spec=("source-image-or-snap-spec", _TO),
-    more=_SERVE,
+    more=(*_SERVE, "resume"),
 )
 def export(session: Session) -> None:
     spec = session.spec(snap="may")
@@ -57,6 +57,9 @@ def export(session: Session) -> None:
     path, version = session.path(), session.option("export-format") or 1
     if version == 2 and spec.snap:
         raise Failure("rbd: export-format 2 does not support snapshots", 22)
+    if session.option("resume"):
+        _export_again(session, spec, path, version)
+        return
     from librbd_py.image import raw, streams
 
     with session.image(spec, read_only=True, snap=True) as image, failing("export error"):
@@ -69,6 +72,24 @@ def export(session: Session) -> None:
                     raw.export_pipe(image.handle, streams.writer(target.fileno()), progress)
                 else:
                     raw.export_raw(image.handle, target.fileno(), progress)
+
+
+def _export_again(session: Session, spec: Any, path: str, version: int) -> None:
+    """Into a file that an export of the same snapshot may have begun. What is there stays when it breaks off again."""
+    if version == 2 or path == "-" or not spec.snap:
+        raise Failure("rbd: --resume needs a snapshot, export format 1 and a file", 22)
+    from librbd_py.image import raw
+    from librbd_py.image.resume import Export
+
+    with session.image(spec, read_only=True, snap=True) as image, failing("export error"):
+        mark = Export(image.handle, path)
+        fd, begin = mark.open()
+        try:
+            with session.progress("Exporting image") as progress:
+                raw.export_raw(image.handle, fd, progress, begin=begin, reached=mark.reached)
+                mark.done()
+        finally:
+            os.close(fd)
 
 
 @verb(
@@ -187,6 +208,7 @@ def nbd_address(text: str) -> dict[str, Any]:
     "image:image name (deprecated)",
     spec=(_FROM, "dest-image-spec"),
     notes=FEATURE_NOTES,
+    more=("resume",),
 )
 def import_(session: Session) -> None:
     """Aligned zeros of --sparse-size are not written. Without an image name the file's name is taken."""
@@ -244,6 +266,11 @@ def _import(
     from librbd_py.format import streams as wire
     from librbd_py.image import raw, streams
 
+    resume = bool(session.option("resume"))
+    if resume and (path == "-" or session.option("export-format") == 2):
+        raise Failure("rbd: --resume needs export format 1 and a file", 22)
+    if resume and _go_on(session, ioctx, name, stream.fileno(), sparse, progress):
+        return
     head = None
     size = 0
     source = wire.Reader(stream)
@@ -272,13 +299,44 @@ def _import(
                 _diffs(session, image, source, sparse, progress)
             elif path == "-":
                 raw.import_pipe(image.handle, stream, sparse)
+            elif resume:
+                from librbd_py.image.resume import Import
+
+                mark = Import(image.handle, stream.fileno(), sparse)
+                mark.start()
+                raw.import_raw(image.handle, stream.fileno(), size, sparse, progress, reached=mark.reached)
+                mark.done()
             else:
                 raw.import_raw(image.handle, stream.fileno(), size, sparse, progress)
     except BaseException:
+        if resume:
+            raise
         if head is not None:
             session.say("rbd: failed to import image")
         _remove(ioctx, name)  # half an image must not look like a whole one
         raise
+
+
+def _go_on(session: Session, ioctx: Any, name: str, fd: int, sparse: int, progress: Any) -> bool:
+    """Finishes an import that was broken off; False: there is no such image yet."""
+    from librbd_py import rbd
+    from librbd_py.image import raw
+    from librbd_py.image.resume import Import
+
+    try:
+        image = rbd.Image(ioctx, name)
+    except rbd.ImageNotFound:
+        return False
+    with image:
+        mark = Import(image.handle, fd, sparse)
+        try:
+            begin = mark.go_on()
+        except OSError as error:
+            session.say(f"rbd: {error.strerror}")
+            raise
+        raw.import_raw(image.handle, fd, image.size(), sparse, progress, begin=begin, reached=mark.reached)
+        mark.done()
+    return True
 
 
 def _diffs(session: Session, image: Any, source: Any, sparse: int, progress: Any) -> None:

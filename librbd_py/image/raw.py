@@ -45,8 +45,16 @@ class _Pace:
 # --- out
 
 
-def export_raw(handle: ImageHandle, fd: int, progress: Progress | None = None, *, begin: int = 0) -> None:
-    """Into a file: holes stay holes. The file holds what the image does up to `begin` and nothing behind it."""
+def export_raw(
+    handle: ImageHandle,
+    fd: int,
+    progress: Progress | None = None,
+    *,
+    begin: int = 0,
+    reached: Callable[[int], object] | None = None,
+) -> None:
+    """Into a file: holes stay holes. The file holds what the image does up to `begin` and nothing behind it.
+    `reached(offset)` is called when everything before `offset` was moved."""
     size = handle.header.size_at(handle.snap_id)
     pace = _Pace.of(handle)
     for offset, length in _pieces(_data(handle, begin, size)):
@@ -68,6 +76,8 @@ def export_raw(handle: ImageHandle, fd: int, progress: Progress | None = None, *
                 if is_data:
                     _write_at(fd, memoryview(data)[at : at + count], offset + at)
         report(progress, offset + length, size)
+        if reached is not None:
+            reached(offset + length)
     os.ftruncate(fd, size)
 
 
