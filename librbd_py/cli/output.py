@@ -32,8 +32,9 @@ def size_text(count: int) -> str:
 class Table:
     """Columns two spaces apart. `columns`: (heading, "left" | "right"); headings are left, as in Ceph's TextTable."""
 
-    def __init__(self, *columns: tuple[str, str]) -> None:
+    def __init__(self, *columns: tuple[str, str], headings_as_cells: bool = False) -> None:
         self._columns = columns
+        self._headings_as_cells = headings_as_cells
         self._rows: list[list[str]] = []
 
     def add(self, *cells: object) -> None:
@@ -42,8 +43,10 @@ class Table:
     def text(self) -> str:
         headings = [heading for heading, _ in self._columns]
         widths = [max(len(row[i]) for row in [headings, *self._rows]) for i in range(len(headings))]
-        lines = ["  ".join(heading.ljust(width) for heading, width in zip(headings, widths, strict=True))]
-        for row in self._rows:
+        lines = []
+        if not self._headings_as_cells:
+            lines = ["  ".join(heading.ljust(width) for heading, width in zip(headings, widths, strict=True))]
+        for row in [headings, *self._rows] if self._headings_as_cells else self._rows:
             cells = zip(row, widths, self._columns, strict=True)
             lines.append("  ".join(c.rjust(w) if align == "right" else c.ljust(w) for c, w, (_, align) in cells))
         return "\n".join(lines) + "\n"
