@@ -297,6 +297,11 @@ class HeaderControl:
         return self._lock.owning
 
     @property
+    def arrived(self) -> bool:
+        """As `is_owner`, and already while `post_acquire` makes the image ready."""
+        return self._lock.owning or self._lock.state is le.LockState.POST_ACQUIRING
+
+    @property
     def state(self) -> str:
         """Watch and lock state, for people."""
         return f"{self._watch.state.name.lower()}, {self._lock.state.name.lower()}"
@@ -333,9 +338,13 @@ class HeaderControl:
         return wire.get_lock(self.ctx, self.header_oid).owner
 
     def owner_lives(self) -> bool:
-        """Whether the lock has an owner that watches the header; the caller's own dead clients (`former`) may still."""
+        """Whether the lock has an owner that lives."""
         owner = self.owner()
-        if owner is None or owner.address in self._lock.former:
+        return owner is not None and self._lives(owner)
+
+    def _lives(self, owner: Locker) -> bool:
+        """It watches the header, as the dead still do for a while: those that the caller knows, or this host."""
+        if owner.address in self._lock.former or self.ctx.store.ended(owner.address):
             return False
         return wire.is_watching(self.ctx, self.header_oid, owner)
 
@@ -564,7 +573,7 @@ class HeaderControl:
             case le.TryLock(_, cookie):
                 wire.lock(ctx, oid, cookie)
             case le.CheckOwner(_, owner):
-                return wire.is_watching(ctx, oid, owner)
+                return self._lives(owner)
             case le.Blocklist(_, address):
                 log.warning("%s: fencing the dead lock owner %s", oid, address)
                 ctx.store.blocklist_add(address)

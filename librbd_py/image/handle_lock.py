@@ -49,7 +49,7 @@ class HandleLock(HandleMap):
 
     @property
     def is_lock_owner(self) -> bool:
-        return self._owner and self.control is not None and self.control.is_owner
+        return self._owner and self.control is not None and self.control.arrived
 
     @property
     def asks_owner(self) -> bool:

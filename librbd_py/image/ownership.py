@@ -61,7 +61,8 @@ class Watching:
 
 @dataclass(frozen=True)
 class Owner:
-    """Who is in the lock. `watching`: its watch, None when there is none that the lock names, so that it is dead."""
+    """Who is in the lock. `watching`: its watch, None when there is none that the lock names, or it has ended all the
+    same: it is dead."""
 
     client: str  # client.4123
     cookie: str
@@ -121,6 +122,8 @@ def look(handle: ImageHandle) -> Ownership:
     number = fl.parse_auto_cookie(who.cookie)
     address = info.address.text
     watching = None if number is None else found.pop((number, address), None)
+    if handle.store.ended(address):
+        watching = None  # it only seems to watch
     offer = fl.Offer.parse(info.description)
     owner = Owner(
         str(who.entity),

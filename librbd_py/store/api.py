@@ -494,6 +494,10 @@ class Store(ABC):
         """The process of a living client. None: it does not live, or the store cannot know."""
         return None
 
+    def ended(self, address: str) -> bool:
+        """Whether that client's process has certainly ended, though its watches may be there. False: who knows."""
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Idempotent."""

@@ -264,10 +264,15 @@ class Contestant:
 class Player:
     """In the test: such a process. `ask` waits for the answer, `tell` and `answer` let several work at once."""
 
-    def __init__(self, where: dict[str, Any], pool: str, image: str, owner: int, *, real: bool = False) -> None:
+    def __init__(
+        self, where: dict[str, Any], pool: str, image: str, owner: int, *, real: bool = False, host: str | None = None
+    ) -> None:
+        """`host`: folder of another host's proofs that clients have ended."""
         python = "/usr/bin/python3" if real else sys.executable
         root = str(Path(__file__).parents[2])
         environment = {**os.environ} if real else {**os.environ, "PYTHONPATH": root}
+        if host is not None:
+            environment["RBDPY_CLIENTS"] = host
         self.owner = owner
         self.real = real
         self.address = ""  # when it is ready

@@ -34,9 +34,9 @@ class Rig:
         rbd.RBD().create(self.io, name, SIZE)
         return name
 
-    def player(self, image: str, *, real: bool = False) -> Player:
+    def player(self, image: str, *, real: bool = False, host: str | None = None) -> Player:
         """Not ready yet: `answer()` is its address."""
-        self._players.append(Player(self.where, self.pool, image, next(self._owners), real=real))
+        self._players.append(Player(self.where, self.pool, image, next(self._owners), real=real, host=host))
         return self._players[-1]
 
     def players(self, image: str, *real: bool) -> list[Player]:

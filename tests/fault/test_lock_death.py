@@ -1,5 +1,6 @@
-"""From `kill -9` of a lock's owner under load to the first write of who waits for it: at once on one machine; on Ceph
-when the cluster knows, after its watch timeout (6 s in scratch clusters). `pytest -rP` shows the times."""
+"""From `kill -9` of a lock's owner under load to the first write of who waits for it: at once on one machine; from
+another machine, and for Ceph's own librbd, when the cluster knows, after its watch timeout (6 s in scratch clusters).
+`pytest -rP` shows the times."""
 
 from __future__ import annotations
 
@@ -11,7 +12,6 @@ from tests.fault.lock_contestant import DEADLINE, Player
 from tests.fault.lock_rig import Rig, ceph_rig, embedded_rig
 
 DEATHS = 50 if os.environ.get("RBDPY_SOAK") else 5
-CEPH_DEATHS = 3  # at once, on an image each
 CEPH_WATCH = 6.0
 ONE_HOST = 2.0  # seconds
 
@@ -60,12 +60,54 @@ def test_the_next_writer_when_the_owner_was_asked_already(tmp_path: Path) -> Non
         verified(rig, image, heir, said["epoch"])
 
 
-def test_the_next_writer_on_ceph(ceph_conf: str, ceph_pool: str) -> None:
+def test_the_next_writer_on_one_machine_on_ceph(ceph_conf: str, ceph_pool: str) -> None:
+    """The kernel proves what the cluster does not know yet."""
     with ceph_rig(ceph_conf, ceph_pool) as rig:
-        images = [rig.image() for _ in range(CEPH_DEATHS)]
+        image = rig.image()
+        (heir,) = rig.players(image, False)
+        took = []
+        for number in range(DEATHS):
+            (owner,) = rig.players(image, False)
+            epoch = owner.ask("own", number % 2 == 0)
+            owner.ask("load", 8)
+            owner.written(100)
+            begun = time.monotonic()
+            owner.kill()
+            said = heir.ask("take_over")
+            took.append(said["first"] - begun)
+            assert said["epoch"] == epoch + 1
+            verified(rig, image, heir, said["epoch"])
+            assert owner.address in rig.blocklist()
+            heir.ask("release")
+        print(shown := f"{len(took)} deaths: {[f'{seconds:.3f}' for seconds in took]} s")
+        assert max(took) < ONE_HOST, shown
+
+
+def test_who_stands_still_is_not_taken_for_dead(ceph_conf: str, ceph_pool: str) -> None:
+    """Nor is one whose process only forked."""
+    with ceph_rig(ceph_conf, ceph_pool) as rig:
+        image = rig.image()
+        owner, heir = rig.players(image, False, False)
+        owner.ask("own", True)
+        owner.stand_still()
+        heir.tell("own", True)
+        time.sleep(1.0)  # much less than its watch lasts
+        assert owner.address not in rig.blocklist()
+        owner.go_on()
+        heir.answer()
+        assert owner.address not in rig.blocklist()
+
+
+def test_the_next_writer_elsewhere_on_ceph(ceph_conf: str, ceph_pool: str, tmp_path: Path) -> None:
+    """Two heirs of another host, and librbd."""
+    with ceph_rig(ceph_conf, ceph_pool) as rig:
+        images = [rig.image() for _ in range(3)]
         found = []
         for image in images:
-            owner, heir = rig.players(image, False, image is images[-1])  # one heir is librbd
+            owner = rig.player(image)
+            heir = rig.player(image, real=image is images[-1], host=str(tmp_path))
+            for player in (owner, heir):
+                player.address = player.answer()
             epoch = owner.ask("own")
             owner.ask("load", 8)
             owner.written(100)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import logging
 import os
 import re
 import shlex
@@ -21,6 +22,9 @@ from librbd_py.format.values import dataclass, replace
 from librbd_py.native import ffi, lib
 
 from ..api import Client
+from .life import Life
+
+log = logging.getLogger(__name__)
 
 MISSING = "librados is not installed: Ceph clusters need the Debian package librados2"
 DEFAULT_NAME = "client.admin"
@@ -130,6 +134,7 @@ class Connection:
         self._calls = self._calls_ended = 0
         self._contexts: dict[tuple[int, str, str], Any] = {}
         self._ring: Any = None
+        self._life: Life | None = None
 
     def _identify(self) -> None:
         self.fsid = self._text(lib.rbdn_rados_fsid, 64, "fsid")
@@ -198,12 +203,24 @@ class Connection:
                 return
             contexts, self._contexts = self._contexts, {}
             ring, self._ring = self._ring, None
+            life, self._life = self._life, None
         _live.discard(self)
         for context in contexts.values():
             lib.rbdn_ioctx_close(context)
         self._shut_down()
         if ring is not None:
             ring.close()
+        if life is not None:
+            life.close()
+
+    def leave_proof(self) -> None:
+        """From now on others on this host can know when this client is dead: before it takes a lock."""
+        with self._lock:
+            if self._life is None:
+                try:
+                    self._life = Life(self.fsid, self.client.address)
+                except OSError as failure:
+                    log.info("the end of client %s will not be known at once: %s", self.client.address, failure)
 
     @contextmanager
     def using(self) -> Iterator[None]:

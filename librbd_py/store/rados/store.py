@@ -18,6 +18,7 @@ from librbd_py.native import ffi, lib
 from .. import api
 from ..api import PoolInfo, PoolStats
 from ..executor import check_name
+from . import life
 from .connection import ClusterOptions, Connection, check, entity, fail, shared
 from .context import RadosContext
 from .watches import RadosWatch
@@ -114,6 +115,7 @@ class RadosStore(api.Store):
     # --- watches close with the store
 
     def keep_watch(self, watch: RadosWatch) -> RadosWatch:
+        self.connection.leave_proof()
         with self._lock:
             if not self._closed:
                 self._watches.add(watch)
@@ -218,6 +220,9 @@ class RadosStore(api.Store):
             return RadosContext(self, number, namespace, self.connection.context(number, namespace))
 
     # --- fencing
+
+    def ended(self, address: str) -> bool:
+        return address != self.client.address and life.ended(self.fsid, address)
 
     def blocklist_add(self, address: str, seconds: int = 3600) -> None:
         """0 seconds: Ceph's default."""
