@@ -206,11 +206,15 @@ def forget_lost_children(handle: ImageHandle, snap_id: int) -> int:
 
 
 def _is_clone(handle: ImageHandle, snap_id: int, child: ChildImageSpec) -> bool:
+    """Who may not look at the child believes what the parent says."""
     spec = ParentImageSpec(handle.ctx.pool_id, handle.ctx.namespace, handle.id, snap_id)
-    with ignoring(errno.ENOENT):
+    try:
         ctx = handle.store.open(child.pool_id, child.pool_namespace)
         return load(ctx, child.image_id, read_only=True).clone_of == spec
-    return False
+    except OSError as failure:
+        if failure.errno not in (errno.ENOENT, errno.EPERM, errno.EACCES):
+            raise
+        return failure.errno != errno.ENOENT
 
 
 def remove_trashed(ctx: ObjectContext, parent: ParentImageSpec) -> None:
@@ -257,10 +261,13 @@ def unprotect(handle: ImageHandle, name: str) -> None:
     if snap.protection == fh.PROTECTION_UNPROTECTED:
         raise OSError(errno.EINVAL, f"snapshot {name!r} is not protected")
     _set_protection(handle, snap.id, fh.PROTECTION_UNPROTECTING)
-    if forget_lost_v1_children(handle, snap.id):
+    try:
+        if forget_lost_v1_children(handle, snap.id):
+            raise OSError(errno.EBUSY, f"snapshot {name!r} has clones")
+    except OSError:
         _set_protection(handle, snap.id, fh.PROTECTION_PROTECTED)
         handle.changed()
-        raise OSError(errno.EBUSY, f"snapshot {name!r} has clones")
+        raise
     _set_protection(handle, snap.id, fh.PROTECTION_UNPROTECTED)
     handle.changed()
 

@@ -105,3 +105,24 @@ def test_who_is_not_known(users: Users, capsys: pytest.CaptureFixture[str]) -> N
         assert cluster.pool_exists(users.pool)
         with cluster.open_ioctx("rbd") as ioctx, pytest.raises(rados.PermissionError):
             ioctx.read("o")
+
+
+def test_a_clone_where_the_user_may_not_look_is_believed(users: Users, ceph_cluster: DevCluster) -> None:
+    """By Ceph's permissions.sh: the snapshot is in use, and stays protected."""
+    keyring = users.keyring("images", f"pool={users.pool}")
+    with connect(make_url(users.conf)) as admin:
+        other = f"{users.pool}-clones"
+        admin.pool_create(other)
+        try:
+            R.create(admin.open(users.pool), "parent", 1 << 22)
+            with rbd.Image(admin.open(users.pool), "parent") as image:
+                image.create_snap("s")
+                image.protect_snap("s")
+            R.clone(admin.open(users.pool), "parent", "s", admin.open(other), "child", clone_format=1)
+            with connect(make_url(users.conf, user="images", keyring=keyring)) as store:
+                with rbd.Image(store.open(users.pool), "parent") as image:
+                    with pytest.raises(rbd.ImageBusy):
+                        image.unprotect_snap("s")
+                    assert image.is_protected_snap("s")
+        finally:
+            admin.pool_remove(other)
