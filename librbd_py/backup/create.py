@@ -22,7 +22,7 @@ from librbd_py.source import DATA
 from librbd_py.store.api import ObjectContext
 
 from .vault import INDEX_ROWS, LEAST_PART, MAX_PART, Vault
-from .wire import MAX_ROWS, Manifest, Part, PartRef, digest_of, encode_index, folder_of
+from .wire import MAX_ROWS, RECORD, Manifest, Part, PartRef, digest_of, encode_index, folder_of
 
 PART = 8 << 20  # bytes of data in a part
 PARALLEL = 4  # uploads at a time
@@ -56,7 +56,7 @@ def create(
         header = handle.header
         snap = find(header, snapshot)
         parent = _parent(vault, name, handle, snap, full)
-        metadata = cls.metadata(handle.ctx, handle.oid)
+        kept = sorted(row for row in cls.metadata(handle.ctx, handle.oid).items() if not row[0].startswith(RECORD))
         source = NativeSource(ctx, handle)
     except BaseException:
         handle.close()
@@ -90,7 +90,7 @@ def create(
             parts=len(upload),
             stored=upload.stored,
             indexes=upload.indexes,
-            metadata={key: value.decode(errors="surrogateescape") for key, value in sorted(metadata.items())},
+            metadata={key: value.decode(errors="surrogateescape") for key, value in kept},
         )
         data = manifest.encode()
         vault.target.put(manifest.key, data, digest_of(data))

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from librbd_py.format import features as ft
-from librbd_py.image import cls, snapshots
+from librbd_py.format import header as fh
+from librbd_py.image import cls, metadata, snapshots
+from librbd_py.image.diff import changes
 from librbd_py.image.directory import CreateOptions, create_unnamed, give_name
 from librbd_py.image.handle import ImageHandle
 from librbd_py.image.import_source import zero
@@ -19,7 +21,7 @@ from librbd_py.image.trash import remove_from_trash
 from librbd_py.store.api import ObjectContext
 
 from .vault import Vault
-from .wire import Manifest, decode_part
+from .wire import RECORD, Manifest, decode_part
 
 PARALLEL = 4  # downloads at a time
 
@@ -58,11 +60,7 @@ def restore(
             if last.metadata:
                 values = {key: value.encode(errors="surrogateescape") for key, value in last.metadata.items()}
                 ctx.exec(dest.oid, "rbd", "metadata_set", cls.encode_metadata(values))
-            total = sum(each.parts for each in chain) + 1
-            done = 0
-            for snapshot, manifest in zip(_names(chain), chain, strict=True):
-                done = _apply(vault, manifest, dest, parallel, progress, done, total)
-                snapshots.create(dest, snapshot)
+            _apply_all(vault, chain, _names(chain), dest, parallel, progress)
         give_name(ctx, image, image_id)
     except BaseException:
         remove_from_trash(ctx, image_id, force=True)
@@ -70,10 +68,84 @@ def restore(
     # Last: half an image with a protected snapshot could not be taken away.
     if any(manifest.protected for manifest in chain):
         with ImageHandle.open(ctx, image_id=image_id) as dest:
-            for snapshot, manifest in zip(_names(chain), chain, strict=True):
-                if manifest.protected:
-                    snapshots.protect(dest, snapshot)
+            _protect(dest, chain, _names(chain))
     return chain
+
+
+def restore_onto(
+    vault: Vault,
+    name: str,
+    ctx: ObjectContext,
+    image: str,
+    *,
+    wanted: str | None = None,
+    force: bool = False,
+    parallel: int = PARALLEL,
+    progress: Progress | None = None,
+) -> list[Manifest]:
+    """Brings an image that has a snapshot of one of the backups, because it was restored from it or is the one that was
+    backed up, to a later one: only what came after is read. Returns what was applied. Cut short it has the snapshots of
+    what was applied wholly, and goes on from there with `force`.
+
+    ENOENT: no such image or backup, or no snapshot to begin with. ESTALE: the image has changed since that snapshot;
+    `force` rolls it back. EBADMSG: damaged."""
+    every = vault.manifests(name)
+    chain = vault.chain(choose(every, wanted), every)
+    with ImageHandle.open(ctx, image) as dest:
+        for snapshot, manifest in zip(_names(chain), chain, strict=True):
+            half = dest.header.snap_named(RECORD + manifest.id, fh.NAMESPACE_USER)
+            if half is not None:
+                _finish(dest, half.id, manifest, snapshot)
+        known = {snap: manifest for manifest in chain if (snap := _snapshot_of(dest, manifest)) is not None}
+        if not known:
+            raise OSError(errno.ENOENT, f"{image} has no snapshot of a backup that leads to {chain[-1].snapshot}")
+        base = max(known, key=lambda snap: known[snap].number)
+        first = known[base].number
+        rest = chain[first + 1 :]
+        if not rest:
+            _protect(dest, chain[first:], _names(chain)[first:])
+            return []
+        if next(changes(dest, 0, dest.header.size, base), None) or dest.header.size != known[base].size:
+            if not force:
+                raise OSError(errno.ESTALE, f"{image} has changed since its snapshot of {known[base].snapshot}")
+            snapshots.rollback(dest, base)
+        _apply_all(vault, rest, _names(chain)[first + 1 :], dest, parallel, progress)
+        _protect(dest, chain[first:], _names(chain)[first:])
+    return rest
+
+
+def _snapshot_of(dest: ImageHandle, manifest: Manifest) -> int | None:
+    """The id of the snapshot that is what `manifest` holds: of the very image that was backed up, or restored."""
+    snaps = dest.header.snaps
+    snap = snaps.get(manifest.snapshot_id)
+    if dest.id == manifest.image_id and snap is not None and snap.timestamp == manifest.snapshot_time:
+        return snap.id
+    values = cls.metadata(dest.ctx, dest.oid)
+    made = [snap_id for snap_id in snaps if values.get(f"{RECORD}{snap_id}") == manifest.id.encode()]
+    return made[-1] if made else None
+
+
+def _apply_all(
+    vault: Vault, chain: list[Manifest], names: list[str], dest: ImageHandle, parallel: int, progress: Progress | None
+) -> None:
+    total = sum(each.parts for each in chain) + 1
+    done = 0
+    for snapshot, manifest in zip(names, chain, strict=True):
+        done = _apply(vault, manifest, dest, parallel, progress, done, total)
+        _finish(dest, snapshots.create(dest, RECORD + manifest.id), manifest, snapshot)
+
+
+def _finish(dest: ImageHandle, snap_id: int, manifest: Manifest, name: str) -> None:
+    """A new snapshot is called by its backup until that is on record: a kill leaves none that nobody knows."""
+    metadata.put(dest, f"{RECORD}{snap_id}", manifest.id)
+    snapshots.rename(dest, snap_id, name)
+
+
+def _protect(dest: ImageHandle, chain: list[Manifest], names: list[str]) -> None:
+    for snapshot, manifest in zip(names, chain, strict=True):
+        snap = dest.header.snap_named(snapshot, fh.NAMESPACE_USER)
+        if manifest.protected and snap is not None and not snap.protection:
+            snapshots.protect(dest, snapshot)
 
 
 def _names(chain: list[Manifest]) -> list[str]:

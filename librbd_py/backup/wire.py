@@ -26,6 +26,7 @@ MAX_ROWS = 64 << 10  # ranges in one part
 INDEX_ROWS = 4096
 MAX_MANIFEST = 16 << 20
 MAX_SIZE = 1 << 62
+RECORD = "rbdpy_backup_"  # begins the image-meta key that says which backup a snapshot was restored from; then its id
 _ROW = struct.Struct("<QQB")
 _INDEX_ROW = struct.Struct("<32sQ")
 _ID = re.compile(r"[0-9a-f]{24}")

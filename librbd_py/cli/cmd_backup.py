@@ -38,6 +38,12 @@ def with_parallel(parser: argparse.ArgumentParser) -> None:
 def with_restore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backup", metavar="ID|SNAPSHOT", help="how far [default: the newest]")
     parser.add_argument("--data-pool", help="data pool of the new image")
+    parser.add_argument(
+        "--onto", action="store_true", help="bring an existing image to a later backup: only what came after is read"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="with --onto: roll the image back first, if it has changed"
+    )
 
 
 def with_check(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +153,7 @@ def _section(each: Manifest) -> Section:
 
 @command(
     "backup restore",
-    "Make a new image of a set of backups, with their snapshots.",
+    "Make a new image of a set of backups, with their snapshots, or bring one to a later backup.",
     with_image, with_restore, with_parallel, with_progress,
     specs=(PLACE, "set", "image-spec"),
 )  # fmt: skip
@@ -157,11 +163,20 @@ def restore(session: Session) -> None:
         name, spec = _set_of(session), session.spec(check="full")
         ctx = session.context(spec)
         with failing("restore failed"), session.progress("Restoring image") as progress:
-            chain = restoring.restore(
-                vault, name, ctx, spec.image, wanted=options.backup, data_pool=options.data_pool,
-                parallel=options.parallel, progress=progress,
-            )  # fmt: skip
-    print(f"{spec.text()}: {len(chain)} backups of {name}, up to {chain[-1].snapshot}")
+            if options.onto:
+                chain = restoring.restore_onto(
+                    vault, name, ctx, spec.image, wanted=options.backup, force=options.force,
+                    parallel=options.parallel, progress=progress,
+                )  # fmt: skip
+            else:
+                chain = restoring.restore(
+                    vault, name, ctx, spec.image, wanted=options.backup, data_pool=options.data_pool,
+                    parallel=options.parallel, progress=progress,
+                )  # fmt: skip
+    if chain:
+        print(f"{spec.text()}: {len(chain)} backups of {name}, up to {chain[-1].snapshot}")
+    else:
+        print(f"{spec.text()}: nothing newer to restore")
 
 
 @command(

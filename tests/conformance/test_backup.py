@@ -19,7 +19,7 @@ from image_fixtures import MIB, R, cluster, io, refused
 from librbd_py import rbd
 from librbd_py.backup.create import create
 from librbd_py.backup.prune import prune, remove
-from librbd_py.backup.restore import restore
+from librbd_py.backup.restore import restore, restore_onto
 from librbd_py.backup.target import FolderTarget, S3Target, Target, open_target
 from librbd_py.backup.vault import Vault
 from librbd_py.backup.wire import LEAST_PART, MAGIC, Manifest, Part, decode_part, digest_of, folder_of
@@ -72,6 +72,11 @@ def contents(io: ObjectContext, name: str, snaps: tuple[str, ...] = SNAPS) -> di
             image.set_snap(snap)
             found[snap] = image.read(0, image.size())
         return found
+
+
+def contents_of(io: ObjectContext, name: str, snaps: tuple[str, ...]) -> dict[str, bytes]:
+    """As `contents`, of some of the snapshots."""
+    return {snap: data for snap, data in contents(io, name).items() if snap in snaps}
 
 
 def back_up(vault: Vault, io: ObjectContext, *snaps: str, **options: Any) -> list[Manifest]:
@@ -255,6 +260,48 @@ def test_what_was_sent_before_is_not_sent_again(io: ObjectContext, vault: Vault)
 def refused_restore(vault: Vault, io: ObjectContext) -> bool:
     refused(FileNotFoundError, errno.ENOENT, restore, vault, SET, io, "q")
     return True
+
+
+# --- onto an image
+
+
+def test_a_restored_image_follows(io: ObjectContext, vault: Vault) -> None:
+    make(io)
+    first, second = back_up(vault, io, "one", "two")
+    restore(vault, SET, io, "q", wanted="one")
+    assert restore_onto(vault, SET, io, "q", wanted="one") == []
+    assert restore_onto(vault, SET, io, "q") == [second]
+    assert contents(io, "q", SNAPS[:2]) == contents_of(io, "p", SNAPS[:2])
+    (third,) = back_up(vault, io, "three")
+    with rbd.Image(io, "q") as image:
+        assert image.is_protected_snap("two")
+        image.write(b"mine", MIB)
+    refused(OSError, errno.ESTALE, restore_onto, vault, SET, io, "q")
+    assert restore_onto(vault, SET, io, "q", force=True) == [third]
+    assert contents(io, "q") == contents(io, "p")
+    with rbd.Image(io, "q") as image:
+        assert image.read(0, 5 * MIB) == contents(io, "p")["three"] and image.size() == 5 * MIB
+    made = create(vault, io, "q", "three", "of the copy")
+    assert not [key for key in made.metadata if "backup" in key] and first.id != made.id
+
+
+def test_the_image_itself_goes_forward_again(io: ObjectContext, vault: Vault) -> None:
+    make(io)
+    back_up(vault, io, *SNAPS)
+    expected = contents(io, "p")
+    with rbd.Image(io, "p") as image:
+        image.remove_snap("three")
+    refused(OSError, errno.ESTALE, restore_onto, vault, SET, io, "p")
+    assert [each.snapshot for each in restore_onto(vault, SET, io, "p", force=True)] == ["three"]
+    assert contents(io, "p") == expected
+
+
+def test_an_image_that_has_nothing_to_do_with_it(io: ObjectContext, vault: Vault) -> None:
+    make(io)
+    back_up(vault, io, "one")
+    make(io, "other")
+    refused(FileNotFoundError, errno.ENOENT, restore_onto, vault, SET, io, "other")
+    refused(FileNotFoundError, errno.ENOENT, restore_onto, vault, SET, io, "none")
 
 
 # --- removing
@@ -507,6 +554,8 @@ def test_the_commands(shell: Any, tmp_path: Path) -> None:
     assert "3 backups of rbd/p, up to three" in shell("backup", "restore", place, "rbd/p", "q")
     assert "1 backups" in shell("backup", "restore", place, "rbd/p", "r", "--backup", "one")
     assert "exists" in shell("backup", "restore", place, "rbd/p", "q", code=17)
+    assert "2 backups of rbd/p, up to three" in shell("backup", "restore", place, "rbd/p", "r", "--onto")
+    assert "nothing newer" in shell("backup", "restore", place, "rbd/p", "r", "--onto")
     assert "needed by" in shell("backup", "rm", place, "rbd/p", rows[0]["id"], code=16)
     assert "nothing to remove" in shell("backup", "prune", place, "rbd/p", "--keep", "1")
     (tmp_path / "b" / "data" / "stray").write_bytes(b"x")

@@ -11,9 +11,10 @@ from typing import Any
 from librbd_py import rbd
 from librbd_py.backup import prune
 from librbd_py.backup.create import create
-from librbd_py.backup.restore import restore
+from librbd_py.backup.restore import restore, restore_onto
 from librbd_py.backup.target import UNFINISHED, FolderTarget
 from librbd_py.backup.vault import Vault
+from librbd_py.backup.wire import RECORD
 from librbd_py.store.api import ObjectContext
 from librbd_py.store.embedded import EmbeddedStore
 from tests.fault import image_crash
@@ -104,6 +105,29 @@ def look(place: str) -> dict[str, Any]:
     }
 
 
+def seen(folder: str) -> dict[str, Any]:
+    """A survey, without the records of which backup a snapshot is of: they have ids in them."""
+    found = survey(folder)
+    for image in found["images"].values():
+        if isinstance(image, dict):
+            image["metadata"] = [row for row in image["metadata"] if not row[0].startswith(RECORD)]
+    return found
+
+
+def begun(folder: str, place: str) -> None:
+    """The first backup, restored."""
+    with EmbeddedStore(folder) as store:
+        restore(Vault(FolderTarget(place)), SET, store.open("rbd"), "back", wanted="one")
+
+
+def onto(folder: str, place: str, at: int) -> object:
+    def run(io: ObjectContext) -> None:
+        restore_onto(Vault(FolderTarget(place)), SET, io, "back", force=True)
+
+    image_crash.OPERATIONS["restore onto"] = Operation(lambda io: None, run)
+    return image_crash.run("restore onto", folder, at)
+
+
 def clean(place: str) -> None:
     vault = Vault(FolderTarget(place))
     for keys in vault.check().orphans.values():
@@ -113,7 +137,7 @@ def clean(place: str) -> None:
 
 CALLS = {
     "prepare": prepare, "backup": backup, "remove": remove, "restore": restored, "look": look, "clean": clean,
-    "again": again, "survey": survey, "tidy": tidy,
+    "again": again, "survey": seen, "begun": begun, "onto": onto, "tidy": tidy,
 }  # fmt: skip
 
 

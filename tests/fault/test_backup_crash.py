@@ -121,3 +121,23 @@ def test_a_killed_restore_is_no_image(server: BackupServer, copy: Copy) -> None:
         server.call("tidy", copy.store)
         assert server.call("survey", copy.store) == after, f"killed at {at} of {count}"
         assert server.call("tidy", copy.store) == []
+
+
+def test_a_killed_restore_onto_an_image_goes_on(server: BackupServer, copy: Copy) -> None:
+    server.call("backup", copy.store, copy.place, 0)
+    server.call("begun", copy.store, copy.place)
+    Path(copy.store).rename(copy.here / "before")
+    shutil.copytree(copy.here / "before", copy.store)
+    count = server.call("onto", copy.store, copy.place, 0)
+    after = server.call("survey", copy.store)
+    assert [row[0] for row in after["images"]["back"]["snapshots"]] == ["one", "three"]
+    for at in steps(count):
+        shutil.rmtree(copy.store)
+        shutil.copytree(copy.here / "before", copy.store)
+        changes = server.call("onto", copy.store, copy.place, at)
+        assert changes is None or changes < at
+        names = [row[0] for row in server.call("survey", copy.store)["images"]["back"]["snapshots"]]
+        assert names in (["one"], ["one", "three"]) or (len(names) == 2 and names[1].startswith("rbdpy_backup_"))
+        server.call("onto", copy.store, copy.place, 0)
+        server.call("tidy", copy.store)
+        assert server.call("survey", copy.store)["images"] == after["images"], f"killed at {at} of {count}"
