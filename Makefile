@@ -67,8 +67,9 @@ setup-test: packages-test $(VENV)/developing ## what the tests and checks need
 boot: packages-boot $(if $(filter ceph,$(STORE)),packages-ceph) $(VENV)/installed ## build a guest, put it in an RBD image, boot it over vhost-user-blk and NBD (STORE=ceph: on a cluster of its own)
 	@$(PY) -m qemu_glue.boot $(if $(STORE),--store $(STORE))
 
+# Two at once, file by file: half of the suite's time is waiting, for deadlines, watches and daemons.
 test: setup-test ## the whole suite
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 check: lint test ## linters, then the suite
 

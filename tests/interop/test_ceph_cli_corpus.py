@@ -57,7 +57,7 @@ _ALIKE = (
     (r"\n+", "\n"),
     (r"(\r[A-Z][A-Za-z ]*: \d+% complete\.\.\.)+(?=\r)", ""),
     (r"\r([A-Z][A-Za-z ]*): \d+% complete\.\.\.failed", r"\r\1: failed"),
-    (r"\.group\.\d+_[0-9a-f]+_[0-9a-f]+ *", ".group.ID "),
+    (r"\.group\.[0-9a-f]+_[0-9a-f]+_[0-9a-f]+ *", ".group.ID "),
     (r"\d+( +|,\"name\":\")(?=\.group\.)", r"N\1"),  # members get their snapshots all at once
     (r"\b(NAME|ID) +", r"\1 "),
     (r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b", "UUID"),
