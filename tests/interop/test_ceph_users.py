@@ -118,7 +118,8 @@ def test_a_clone_where_the_user_may_not_look_is_believed(users: Users, ceph_clus
             with rbd.Image(admin.open(users.pool), "parent") as image:
                 image.create_snap("s")
                 image.protect_snap("s")
-            R.clone(admin.open(users.pool), "parent", "s", admin.open(other), "child", clone_format=1)
+            R.config_set(admin.open(other), "rbd_default_clone_format", "1")
+            R.clone(admin.open(users.pool), "parent", "s", admin.open(other), "child")
             with connect(make_url(users.conf, user="images", keyring=keyring)) as store:
                 with rbd.Image(store.open(users.pool), "parent") as image:
                     with pytest.raises(rbd.ImageBusy):
