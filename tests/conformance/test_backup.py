@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_fixtures import MIB, R, cluster, io, refused
 
@@ -446,6 +446,7 @@ def test_increments_that_go_in_a_circle(tmp_path: Path) -> None:
         refused(OSError, errno.EBADMSG, vault.chain, each, every)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 1 << 62))
 def test_a_part_of_any_bytes(data: bytes, size: int) -> None:
     for whole in (data, MAGIC + data, MAGIC + b"\1\0\0\0" + data):
@@ -459,6 +460,7 @@ def test_a_part_of_any_bytes(data: bytes, size: int) -> None:
             assert failure.errno == errno.EBADMSG
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50), st.booleans()), max_size=20))
 def test_a_part_holds_what_was_put_in(rows: list[tuple[int, int, bool]]) -> None:
     part, image, at = Part(), bytearray(b"?" * 3000), 0

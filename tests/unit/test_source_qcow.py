@@ -374,7 +374,7 @@ METADATA = [
 ]
 
 
-@settings(max_examples=400, deadline=1000)
+@settings(max_examples=400, deadline=10_000)
 @given(
     st.lists(st.tuples(st.sampled_from(METADATA), st.integers(0, 255)), min_size=1, max_size=6),
     st.integers(0, len(SMALL)),

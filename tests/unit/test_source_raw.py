@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from librbd_py.source import DATA, MAX_READ, ZERO, Extent, Source, load_spec, open_source
@@ -184,6 +184,7 @@ class Letters:
         pass
 
 
+@settings(deadline=None)
 @given(st.text("ab.", max_size=20), st.text("ab.", max_size=20), st.integers(0, 20), st.integers(0, 20))
 def test_copying_what_changed_makes_them_equal(old: str, new: str, offset: int, length: int) -> None:
     source = RawSource(Letters(new), [("s", Letters(old))])
