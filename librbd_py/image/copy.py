@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from librbd_py.format import features as ft
+from librbd_py.format.header import PROTECTION_UNPROTECTED
 from librbd_py.store.api import NOSNAP, ObjectContext
 
 from . import cls, snapshots
@@ -81,6 +82,8 @@ def deep_copy(
                 source.set_snapshot(snap.id)
                 _copy_changes(source, dest, last, keeps_parent, None)
                 snapshots.create(dest, snap.name)
+                if snap.protection != PROTECTION_UNPROTECTED:
+                    snapshots.protect(dest, snap.name)
                 last = snap.id
             source.set_snapshot(None if before == NOSNAP else before)
             if dest.header.size != last_size:
