@@ -6,10 +6,15 @@ How it moves is in control/handoff.py.
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 
+from librbd_py.control import wire
 from librbd_py.control.driver import HeaderControl
+from librbd_py.control.pool import control_pool
+from librbd_py.format import features as ft
 from librbd_py.store.api import ObjectContext
 
+from . import object_map
 from .handle_lock import DRAIN_SECONDS, HandleLock
 from .header import Header
 from .view import EVERYTHING
@@ -57,6 +62,7 @@ class HandleMoves(HandleLock):
         if park:
             self._park()
         try:
+            self._rehearse()
             control.stand_by(key)
         except BaseException:
             if not control.moving:
@@ -64,6 +70,13 @@ class HandleMoves(HandleLock):
             raise
         if not park:
             self._unpark()
+
+    def _rehearse(self) -> None:
+        """What `take_over` or `offer` will run while a VM stands still has run once."""
+        with suppress(OSError):
+            wire.rehearse(self.ctx)
+            if self._header.has(ft.OBJECT_MAP):
+                object_map.load(self.ctx, self.id)
 
     def stand_down(self) -> None:
         """After `stand_by`, or an `offer` that was taken: the VM is not here. Requests go on, and the lock is taken as
@@ -94,6 +107,8 @@ class HandleMoves(HandleLock):
     def serves_vms(self, serves: bool) -> None:
         if self.control is not None:
             self.control.heir = serves
+            if serves:
+                control_pool().submit(self._rehearse)
 
     @property
     def moving(self) -> bool:
