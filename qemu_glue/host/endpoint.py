@@ -7,8 +7,8 @@ import contextlib
 import errno
 import logging
 import socket
-from collections.abc import Awaitable, Callable
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol
 
 from qemu_glue import sockets
 from qemu_glue.host.access import Allowed
@@ -42,6 +42,7 @@ class Endpoint:
         allowed: Allowed,
         total: Total,
         handler: Callable[[Endpoint, socket.socket, Peer], Awaitable[None]],
+        silent: Callable[[Endpoint, Callable[[], bool]], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         """Listens at once. `vm`: the uuid it belongs to, empty for an image's. OSError as `sockets.listen_unix`."""
         self.path = path
@@ -50,6 +51,8 @@ class Endpoint:
         self._allowed = allowed
         self._total = total
         self._handler = handler
+        self._silent = silent  # runs beside a VM's connection that has nothing to say yet, and asks whether that is so
+        self._beside: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._told = 0.0
@@ -129,14 +132,17 @@ class Endpoint:
     async def _serve(self, sock: socket.socket, peer: Peer) -> None:
         try:
             with sock, contextlib.closing(peer):
-                if self.disk.transport == "vhost-user" and not await self._speaks(sock):
+                if self.disk.transport == "vhost-user" and not await self._speaks(sock, peer):
                     return
                 await self._handler(self, sock, peer)
         except Exception:  # a defect of ours must not take the service and its guests down
             log.exception("%s: connection of process %d", self.path, peer.pid)
 
-    async def _speaks(self, sock: socket.socket) -> bool:
-        """Waits for the first message, which stays in the socket. An image is opened for nobody else."""
+    async def _speaks(self, sock: socket.socket, peer: Peer) -> bool:
+        """Waits for the first message, which stays in the socket. An image is opened for nobody else.
+
+        A QEMU that was here before the service, and connects again while its VM is still to come, says nothing before
+        the VM runs, however long that takes: were it sent away it might have no connection just then."""
         ready: asyncio.Future[None] = self._loop.create_future()
 
         def readable() -> None:
@@ -145,8 +151,13 @@ class Endpoint:
 
         sock.setblocking(False)
         self._loop.add_reader(sock, readable)
+        waits = bool(self.vm) and peer.elder
+        if waits and self._silent is not None:
+            task = self._loop.create_task(self._silent(self, lambda: not ready.done()))
+            self._beside.add(task)
+            task.add_done_callback(self._beside.discard)
         try:
-            await asyncio.wait_for(ready, SILENT_SECONDS)
+            await asyncio.wait_for(ready, None if waits else SILENT_SECONDS)
             return bool(sock.recv(1, socket.MSG_PEEK))
         except (TimeoutError, OSError):
             return False

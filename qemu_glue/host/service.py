@@ -28,6 +28,7 @@ from qemu_glue.former import Former
 from qemu_glue.host import shapes
 from qemu_glue.host.access import Allowed, check_reachable
 from qemu_glue.host.attachment import OPEN_SECONDS, Attachment
+from qemu_glue.host.deaf import wake
 from qemu_glue.host.endpoint import Endpoint
 from qemu_glue.host.names import image_socket
 from qemu_glue.host.peer import Peer, vms_running
@@ -102,6 +103,7 @@ class HostService:
         self._late: set[asyncio.Task[None]] = set()  # looks at images that a store does not answer
         self._ends: set[asyncio.Task[None]] = set()
         self._accepting = False
+        self._libvirt: str | None = None
         self._ended = False
 
     def handlers(self) -> dict[str, Callable[[dict[str, Any]], Coroutine[Any, Any, Any]]]:
@@ -255,10 +257,14 @@ class HostService:
         return vm is not None and vm.incoming and vm.state == "prepared"
 
     def _endpoint(self, path: str, disk: ServedDisk, vm: str) -> Endpoint:
-        endpoint = Endpoint(path, disk, vm, self.allowed, self, self._connected)
+        endpoint = Endpoint(path, disk, vm, self.allowed, self, self._connected, self._silent)
         if self._accepting:
             endpoint.start()
         return endpoint
+
+    async def _silent(self, endpoint: Endpoint, silent: Callable[[], bool]) -> None:
+        if self._libvirt:
+            await wake(self._libvirt, endpoint.vm, endpoint.path, silent)
 
     def _folder(self, path: str) -> None:
         """Below `run`: entered by QEMU's group, changed by nobody else."""
@@ -495,6 +501,7 @@ class HostService:
         """Serves who connects, from now on. `pools`: those of the service's own store whose images have sockets.
         `libvirt`: the URI of who can resume guests."""
         self._accepting = True
+        self._libvirt = libvirt
         for endpoint in [*self.images.values(), *(e for vm in self.vms.values() for e in vm.endpoints.values())]:
             endpoint.start()
         self._tasks.append(self._loop.create_task(self._sweep()))

@@ -34,6 +34,14 @@ def paused_by_an_error(uri: str, domain: str, seconds: float) -> bool:
     return _ask("paused-by-error", uri, domain, seconds=seconds) == "yes"
 
 
+def running(uri: str, domain: str, seconds: float) -> bool:
+    return _ask("running", uri, domain, seconds=seconds) == "yes"
+
+
+def suspend(uri: str, domain: str, seconds: float) -> None:
+    _ask("suspend", uri, domain, seconds=seconds)
+
+
 def resume(uri: str, domain: str, seconds: float) -> None:
     _ask("resume", uri, domain, seconds=seconds)
 
@@ -69,6 +77,10 @@ def main(operation: str, uri: str, name: str) -> int:
         elif operation == "paused-by-error":
             stands = [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR]
             sys.stdout.write("yes" if domain.state() == stands else "no")
+        elif operation == "running":
+            sys.stdout.write("yes" if domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING else "no")
+        elif operation == "suspend":
+            domain.suspend()
         elif operation == "resume":
             domain.resume()
     except libvirt.libvirtError as error:

@@ -316,6 +316,18 @@ def test_the_service_of_the_destination_is_killed_in_precopy(trip: Trip) -> None
     service_is_killed(trip, trip.destination)
 
 
+@on(FOLDER, (FOLDER,))
+def test_the_service_of_the_destination_is_killed_as_the_vm_arrives(trip: Trip) -> None:
+    """QEMU finds nobody to start the disk with, and does not try again before it is stopped and continued."""
+    with events_of(trip.source) as events:
+        events.at_once("RBD_HANDOFF_OFFERED", trip.destination.kill_service)
+        with trip.migrating() as attempt:
+            pass
+    assert attempt.failure is None
+    trip.destination.start_service()
+    trip.goes_on(trip.destination)
+
+
 def service_is_killed(trip: Trip, host: Host) -> None:
     """Long enough before the switch-over that QEMU, which tries once a second, is connected again: without its back end
     QEMU 7.2 moves a guest all the same, and forgets which requests were in flight."""
