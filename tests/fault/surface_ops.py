@@ -264,10 +264,10 @@ class Surface:
         if not self.bare(disk):
             self.ask("remove", *key, error="ImageHasSnapshots")
             return
+        if disk.group is not None:
+            self.ask("remove", *key, error="OSError")  # EMLINK
+            return
         self.ask("remove", *key)
-        for group in self.groups.values():
-            if disk in group.members:
-                group.members.remove(disk)
         del self.disks[key]
 
     def do_features(self) -> None:

@@ -20,6 +20,7 @@ from librbd_py.format.values import dataclass
 from .. import layout as native
 from ..record import MAX_OBJECT_SIZE
 from . import objects, reserve
+from .check_groups import Groups
 from .check_images import ImageChecker
 from .check_leftovers import Leftovers
 from .client import GUARD, Presence, lock_file
@@ -176,6 +177,7 @@ class Checker:
                 images.run()
                 leftovers = Leftovers(self, c, images.headers)
                 leftovers.run()
+                Groups(self, c, images.headers).run()
                 for row in rows:
                     leftovers.snapshots(row, data)
         finally:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from librbd_py.format import features, names, object_map
 from librbd_py.format.encoding import DecodeError, Decoder, encode_string
+from librbd_py.format.group import GROUP_REF_KEY, GroupSpec
 from librbd_py.format.header import (
     COPY_KEY,
     COPYING,
@@ -54,6 +55,7 @@ class Header:
         self.features = self._number(b"features", 8)
         self.flags = self._number(b"flags", 8) if b"flags" in self._omap else 0
         self.parent = self._decoded(b"parent", Parent.decode) if b"parent" in self._omap else None
+        self.group = self._decoded(GROUP_REF_KEY, GroupSpec.decode) if GROUP_REF_KEY in self._omap else None
         self.snaps: dict[int, Snap] = {}
         for key in self._omap:
             if key.startswith(b"snapshot_"):
