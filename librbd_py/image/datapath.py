@@ -242,6 +242,7 @@ class NativeImage:
     def __init__(self, spec: ViewSpec, lock_needed: Callable[[], None]) -> None:
         self.id = next(_IDS)
         self._spec = spec
+        self._fetch = spec.fetch  # kept when a view has none any more: requests of older ones may still ask
         self.object_map: ObjectMapKeeper = NO_MAP
         self.on_error: Callable[[bool, int], None] | None = None
         EVENTS.on_image(self.id, partial(_happened, weakref.ref(self), lock_needed))
@@ -271,6 +272,7 @@ class NativeImage:
         try:
             check(lib.rbdn_image_publish(self.pointer, view.pointer), "publish a view")
             self._spec = spec
+            self._fetch = spec.fetch or self._fetch
         finally:
             view.release()
 
@@ -284,8 +286,7 @@ class NativeImage:
     def _fetch_one(self, image: Any, objno: int, token: int) -> None:
         what, content = -errno.EIO, b""
         try:
-            fetch = self._spec.fetch
-            found = fetch(objno) if fetch is not None else True  # an older view's; the newer one looks again
+            found = self._fetch(objno) if self._fetch is not None else True
             what = 2 if isinstance(found, bytes) else 0 if found else 1
             content = found if isinstance(found, bytes) else b""
         except OSError as failure:

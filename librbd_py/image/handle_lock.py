@@ -197,7 +197,7 @@ class HandleLock(HandleMap):
             try:
                 header = self._take_map()
                 if header.migrates:
-                    self._complete_objects()
+                    self._complete_objects(header)
                 self._owner = True
                 self._publish(header)
             except BaseException:

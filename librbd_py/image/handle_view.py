@@ -62,7 +62,8 @@ class HandleView(ABC):
         self._lookup: Lookup | None = None
         self._configured = False
         self._parents: dict[ParentImageSpec, tuple[ViewSpec, list[DataObjects]]] = {}
-        self._bringer: Fetch | None = None
+        self.bringing: set[int] = set()  # objects that come over just now; guarded by brought
+        self.brought = threading.Condition()
         self.imported: Imported | None = None  # what it imports from, once that was needed
         self._retired: list[DataObjects] = []  # parents of older views; requests in flight may still read them
         pool = header.data_pool_id
@@ -173,6 +174,9 @@ class HandleView(ABC):
         if snap_id != NOSNAP and snap_id not in header.snaps:
             # Removed under us: nothing is left to read.
             return ViewSpec(0, header.layout, self.objects, snap_id, read_only=True)
+        as_it_was = self._source_view(header, snap_id)
+        if as_it_was is not None:
+            return as_it_was
         overlap = header.overlap_at(snap_id)
         size = header.size_at(snap_id)
         limit = size if self._size_limit is None else min(size, self._size_limit)
@@ -197,11 +201,9 @@ class HandleView(ABC):
         writes = snap_id == NOSNAP and not self.read_only and (self._owner or not self._locks(header))
         if not writes or not (header.imports or header.migration.snap_seqs):
             return self._reader(header, snap_id)
-        if self._bringer is None:
-            from .migration.objects import Bringer
+        from .migration.objects import Bringer
 
-            self._bringer = Bringer(self)
-        return self._bringer
+        return Bringer(self, header)
 
     def _reader(self, header: Header, snap_id: int) -> Fetch | None:
         """For those who only read an import."""
@@ -209,13 +211,13 @@ class HandleView(ABC):
             return None
         from .migration.objects import Reader
 
-        return Reader(self, snap_id)
+        return Reader(self, header, snap_id)
 
-    def _complete_objects(self) -> None:
+    def _complete_objects(self, header: Header) -> None:
         """What a former owner of an image that migrates left half done."""
         from .migration.objects import complete
 
-        complete(self)
+        complete(self, header)
 
     def limit_size(self, size: int | None) -> None:
         """HEAD ends at `size` whatever the header says: while it shrinks."""
@@ -223,10 +225,14 @@ class HandleView(ABC):
             self._size_limit = size
             self._publish()
 
-    def view_at(self, snap_id: int) -> ViewSpec:
-        """A view for reading this image at a snapshot or HEAD without moving the handle."""
+    def view_at(self, snap_id: int, *, whole: bool = True, header: Header | None = None) -> ViewSpec:
+        """A view for reading this image at a snapshot or HEAD without moving the handle. Not `whole`: of a snapshot
+        that migrates, what has come over, above its source. `header`: an older one."""
         with self._state:
-            header = self._header
+            header = header or self._header
+            as_it_was = self._source_view(header, snap_id) if whole else None
+            if as_it_was is not None:
+                return as_it_was
             overlap = header.overlap_at(snap_id)
             return ViewSpec(
                 size=header.size_at(snap_id),
@@ -239,6 +245,14 @@ class HandleView(ABC):
                 overlap=overlap,
                 fetch=self._reader(header, snap_id) if overlap else None,
             )
+
+    def _source_view(self, header: Header, snap_id: int) -> ViewSpec | None:
+        """A snapshot that migrates is read where it comes from: here an object may just be coming over, version by
+        version."""
+        spec = header.parent_at(snap_id)
+        if not header.migrates or header.imports or spec.snap_id == NOSNAP:
+            return None
+        return self._parent_view(header, snap_id)
 
     def _parent_view(self, header: Header, snap_id: int) -> ViewSpec | None:
         if header.imports:

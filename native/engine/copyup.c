@@ -3,8 +3,8 @@
  * Writers of one absent object share one copy-up: the first starts it, the others wait, and all of them try their own
  * operation again afterwards. The buffers of all copy-ups of the process are bounded: more of them wait their turn.
  *
- * Of a view with `fetch` it is Python that brings the object, with all its snapshots; readers wait for it too, where there
- * is no parent to read from.
+ * Of a view with `fetch` it is Python that brings the object, with all its snapshots; readers wait for it too, where
+ * there is no parent to read from.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -78,6 +78,8 @@ static void end(struct copyup *c, int err, bool blocking)
     while (*link != c)
         link = &(*link)->next;
     *link = c->next;
+    if (c->fetch)
+        atomic_fetch_add_explicit(&i->fetches, 1, memory_order_release);
     struct piece *p = c->waiters;
     pthread_mutex_unlock(&i->copyup_lock);
     bool zero = c->zero;
@@ -187,6 +189,8 @@ void copyup_join(struct piece *p)
         c->job.owner = c;
         c->next = i->copyups;
         i->copyups = c;
+        if (c->fetch)
+            atomic_fetch_add_explicit(&i->fetches, 1, memory_order_release);
     }
     if (c) {
         p->next = c->waiters;
@@ -205,30 +209,63 @@ void copyup_join(struct piece *p)
         begin(c);
 }
 
-bool copyup_in_vain(const struct piece *p)
+int copyup_crossed(struct piece *p)
 {
-    const struct nothing *n = atomic_load_explicit(&p->image->nothing, memory_order_acquire);
-    uint64_t objno = p->op.objno;
-    return n && p->view->snap_id == STORE_NOSNAP && objno < n->objects &&
-           atomic_load_explicit(&n->bits[objno / 8], memory_order_relaxed) & 1 << objno % 8;
+    struct image *i = p->image;
+    int found = 0;
+    if (copyup_asked(p))
+        return 0;
+    pthread_mutex_lock(&i->copyup_lock);
+    struct copyup *c = i->copyups;
+    while (c && (!c->fetch || c->objno != p->op.objno))
+        c = c->next;
+    if (c) {
+        found = 2;
+        p->next = c->waiters;
+        c->waiters = p;
+    } else if (atomic_load_explicit(&i->fetches, memory_order_relaxed) != p->fetches) {
+        found = 1;
+    }
+    pthread_mutex_unlock(&i->copyup_lock);
+    return found;
 }
 
-/* Locked. Of HEAD, where no parent shows through. No memory: it is asked for again. */
-static void in_vain(struct image *i, const struct copyup *c)
+enum { ASKED = 1, NOTHING = 2 };
+
+static bool brought(const struct piece *p, unsigned what)
 {
-    if (c->view->parent || c->view->snap_id != STORE_NOSNAP)
+    const struct brought *b = atomic_load_explicit(&p->image->brought, memory_order_acquire);
+    uint64_t objno = p->op.objno;
+    return b && p->view->snap_id == STORE_NOSNAP && objno < b->objects &&
+           atomic_load_explicit(&b->bits[objno / 4], memory_order_acquire) & what << 2 * (objno % 4);
+}
+
+bool copyup_in_vain(const struct piece *p)
+{
+    return brought(p, NOTHING);
+}
+
+bool copyup_asked(const struct piece *p)
+{
+    return brought(p, ASKED);
+}
+
+/* Locked. No memory: it is asked for again. */
+static void remember(struct image *i, const struct copyup *c, unsigned what)
+{
+    if (c->view->snap_id != STORE_NOSNAP)
         return;
-    struct nothing *n = atomic_load_explicit(&i->nothing, memory_order_relaxed);
-    if (!n) {
+    struct brought *b = atomic_load_explicit(&i->brought, memory_order_relaxed);
+    if (!b) {
         uint64_t objects = (c->view->size >> c->view->striping.order) + c->view->striping.count + 1;
-        n = calloc(1, sizeof *n + objects / 8 + 1);
-        if (!n)
+        b = calloc(1, sizeof *b + objects / 4 + 1);
+        if (!b)
             return;
-        n->objects = objects;
-        atomic_store_explicit(&i->nothing, n, memory_order_release);
+        b->objects = objects;
+        atomic_store_explicit(&i->brought, b, memory_order_release);
     }
-    if (c->objno < n->objects)
-        atomic_fetch_or_explicit(&n->bits[c->objno / 8], 1 << c->objno % 8, memory_order_relaxed);
+    if (c->objno < b->objects)
+        atomic_fetch_or_explicit(&b->bits[c->objno / 4], what << 2 * (c->objno % 4), memory_order_release);
 }
 
 int rbdn_image_wanted(rbdn_image *i, uint64_t *objno, uint64_t *token)
@@ -254,8 +291,9 @@ int rbdn_image_fetched(rbdn_image *i, uint64_t token, int what, const void *buf,
     struct copyup *c = i->copyups;
     while (c && ((uintptr_t)c != token || !c->taken))
         c = c->next;
-    if (c && what == 1)
-        in_vain(i, c);
+    if (c && (what == 0 || what == 1))
+        remember(i, c, (c->view->read_only || c->view->need_lock ? 0 : ASKED) |
+                           (what == 1 && !c->view->parent ? NOTHING : 0));
     pthread_mutex_unlock(&i->copyup_lock);
     if (!c)
         return -ENOENT;

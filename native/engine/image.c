@@ -144,7 +144,7 @@ static void image_free(struct image *i)
 {
     gate_destroy(i);
     stats_free(i);
-    free(atomic_load_explicit(&i->nothing, memory_order_relaxed));
+    free(atomic_load_explicit(&i->brought, memory_order_relaxed));
     pthread_mutex_destroy(&i->copyup_lock);
     pthread_mutex_destroy(&i->users_lock);
     free(i);

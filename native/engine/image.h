@@ -110,7 +110,7 @@ struct waiters {
     struct req *first, **last; /* in order */
 };
 
-struct nothing { /* a bit for each object of HEAD: what is not there reads as zeros, whoever is asked */
+struct brought { /* two bits for each object of HEAD: it has been asked for; there was nothing */
     uint64_t objects;
     _Atomic uint8_t bits[];
 };
@@ -160,7 +160,8 @@ struct image {
 
     pthread_mutex_t copyup_lock; /* guards copyups; taken alone */
     struct copyup *copyups;
-    _Atomic(struct nothing *) nothing; /* objects that were fetched in vain; set once, copyup_lock */
+    _Atomic uint64_t fetches; /* begun or ended; changes under copyup_lock */
+    _Atomic(struct brought *) brought; /* set once, copyup_lock */
 
     pthread_mutex_t users_lock; /* guards users; held while `changed` runs; serialises publish and close */
     struct image_user *users;

@@ -45,6 +45,7 @@ void read_prepare(struct piece *p, uint64_t objno, uint64_t off, uint64_t len)
     p->op.off = off;
     p->op.len = len;
     p->op.snap_id = p->view->snap_id;
+    p->fetches = atomic_load_explicit(&p->image->fetches, memory_order_acquire);
 }
 
 enum step_outcome read_absent(struct piece *p, int *err)
@@ -101,6 +102,7 @@ void read_fetched(struct piece *p, int err, bool zeros, const uint8_t *buf, uint
     }
     if (!err && (buf || zeros))
         zero(p->op.iov, p->op.iovcnt, have, p->op.len);
+    p->fetches = atomic_load_explicit(&p->image->fetches, memory_order_acquire);
     piece_go(p, err || buf || zeros ? STEP_DONE : STEP_AGAIN, err);
 }
 
@@ -109,6 +111,15 @@ enum step_outcome read_result(struct piece *p, int *err)
     int64_t got = p->op.result;
     if (got == -ENOENT)
         return read_absent(p, err);
+    if (got >= 0 && p->view->fetch) {
+        int crossed = copyup_crossed(p);
+        if (crossed == 2)
+            return STEP_WAITS;
+        if (crossed) {
+            p->fetches = atomic_load_explicit(&p->image->fetches, memory_order_acquire);
+            return STEP_AGAIN;
+        }
+    }
     *err = got < 0 ? piece_error(p, got) : 0;
     if (got >= 0 && (uint64_t)got < p->op.len)
         zero(p->op.iov, p->op.iovcnt, got, p->op.len);

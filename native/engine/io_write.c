@@ -57,7 +57,7 @@ static enum step_outcome prepare_drop(struct piece *p, uint64_t end, uint64_t pr
     return STEP_AGAIN;
 }
 
-enum step_outcome write_prepare(struct piece *p, uint64_t objno, uint64_t off, uint64_t len, int *err)
+static enum step_outcome prepare(struct piece *p, uint64_t objno, uint64_t off, uint64_t len, int *err)
 {
     const struct view *v = p->view;
     uint64_t prefix = view_parent_prefix(v, objno);
@@ -74,6 +74,16 @@ enum step_outcome write_prepare(struct piece *p, uint64_t objno, uint64_t off, u
     p->op.type = STORE_WRITE;
     p->op.flags = prefix ? STORE_GUARD : 0;
     return STEP_AGAIN;
+}
+
+/* What Python brings comes version by version: until it is known that all of them are here, a write asks, and waits. */
+enum step_outcome write_prepare(struct piece *p, uint64_t objno, uint64_t off, uint64_t len, int *err)
+{
+    enum step_outcome next = prepare(p, objno, off, len, err);
+    if (next != STEP_AGAIN || !p->view->fetch || !view_parent_prefix(p->view, objno) || copyup_asked(p))
+        return next;
+    copyup_join(p);
+    return STEP_WAITS;
 }
 
 static enum step_outcome absent(struct piece *p, int *err)

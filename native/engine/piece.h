@@ -37,6 +37,7 @@ struct piece {
     void *owner;        /* of finish: split, copyup */
     uint8_t step;       /* enum piece_step */
     bool blocking;      /* this thread may block */
+    uint64_t fetches;   /* image->fetches before a read */
     struct iovec *iovs; /* op.iov points here, or to the request's own */
     uint32_t iov_room;
     struct iovec inline_iovs[PIECE_IOVS];
@@ -76,6 +77,10 @@ void split_parent(struct piece *above, uint64_t len);
 
 /* copyup.c: reads the parent's data of the object and writes it with STORE_COPYUP unless it is all zero. */
 void copyup_join(struct piece *); /* write_copied() or read_fetched() follows */
+/* After a read of an object that exists: 0 good; 1 it was brought meanwhile, version by version: read again; 2 it still is:
+ * the piece waits, read_fetched() follows. */
+int copyup_crossed(struct piece *);
+bool copyup_asked(const struct piece *); /* its object has come, or was not there: no version of it is still missing */
 bool copyup_in_vain(const struct piece *); /* its object was fetched, and there was nothing */
 int copyup_object(struct image *, struct view *, uint64_t objno); /* blocks; 0 copied, 1 parent is zero, or -errno */
 

@@ -126,7 +126,7 @@ def test_an_object_that_a_crash_left_between_two_versions(cluster: Cluster, sour
     before = content(source, "a")
     R.migration_prepare(source, "a", other, "a")
     with ImageHandle.open(other, "a") as handle:
-        history = objects.History(handle, 0)
+        history = objects.History(handle, handle.header, 0)
         steps = history.steps
         assert len(steps) > 2
         step, there = steps[0]

@@ -82,6 +82,8 @@ def bring_all(handle: ImageHandle, progress: Progress | None = None) -> None:
             done += len(stretch)
             report(progress, done, len(numbers))
     with handle.exclusive():
+        with handle.quiesced():
+            pass  # what a request was just bringing has come, too
         handle.data.flush()
 
 
@@ -98,7 +100,7 @@ def _hidden(header: Header, objno: int) -> bool:
 
 def _bring(handle: ImageHandle, header: Header, objno: int) -> None:
     if _hidden(header, objno):
-        bring(handle, objno)  # no request gets there
+        bring(handle, header, objno)  # no request gets there
         return
     handle.data.copyup(objno)
     if header.clone_of.exists and not exists(handle.data_ctx, handle.objects.oid(objno)):
@@ -143,7 +145,7 @@ def _wanted(handle: ImageHandle) -> list[int]:
 
 
 def _of_import(handle: ImageHandle, header: Header) -> list[int]:
-    source = source_of(handle)
+    source = source_of(handle, header)
     found: set[int] = set()
     points = [*range(len(source.snapshots)), None]
     for before, point in zip([None, *points], points, strict=False):

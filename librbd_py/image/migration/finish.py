@@ -108,7 +108,7 @@ def abort_pair(pair: Pair, progress: Progress | None, opened: ImageHandle | None
             if other_watchers(made):
                 raise OSError(errno.EBUSY, f"image {dest.name} is open elsewhere")
             with made.exclusive():
-                complete(made)  # or half of an object would be carried back
+                complete(made, made.header)  # or half of an object would be carried back
     with _opened(source, opened) as handle:
         if exists(dest.ctx, dest.oid):
             _undo_dest(pair, handle, progress)

@@ -37,7 +37,7 @@ from librbd_py.store.api import (
 
 from ..cls import call, u8, u64
 from ..content import read_view
-from ..header import map_oid
+from ..header import Header, map_oid
 from ..map_check import version_at
 from ..objects import exists, ignoring
 from ..transfer_data import change, snap_context
@@ -51,40 +51,41 @@ NOTE = b"rbdpy_bringing_"  # keys in the header's omap: objects whose versions a
 
 
 class Bringer:
-    """`fetch` of the view of a handle that may write."""
+    """`fetch` of a view of a handle that may write. It goes by the header of that view, whatever became of it since."""
 
-    def __init__(self, handle: HandleView) -> None:
+    def __init__(self, handle: HandleView, header: Header) -> None:
         self._handle = handle
+        self._header = header
         self._looked = False
-        self._busy: set[int] = set()
-        self._free = threading.Condition()
 
     def __call__(self, objno: int) -> bool:
         if not self._looked and not self._handle.uses_lock:
-            complete(self._handle)
+            complete(self._handle, self._header)
         self._looked = True
         with self._one(objno):
-            return bring(self._handle, objno)
+            return bring(self._handle, self._header, objno)
 
     @contextmanager
     def _one(self, objno: int) -> Iterator[None]:
         """Requests of two views may ask for the same one."""
-        with self._free:
-            self._free.wait_for(lambda: objno not in self._busy)
-            self._busy.add(objno)
+        handle = self._handle
+        with handle.brought:
+            handle.brought.wait_for(lambda: objno not in handle.bringing)
+            handle.bringing.add(objno)
         try:
             yield
         finally:
-            with self._free:
-                self._busy.discard(objno)
-                self._free.notify_all()
+            with handle.brought:
+                handle.bringing.discard(objno)
+                handle.brought.notify_all()
 
 
 class Reader:
     """`fetch` of a view of an import that changes nothing: objects stay away, and are kept for the next reads."""
 
-    def __init__(self, handle: HandleView, there: int) -> None:
+    def __init__(self, handle: HandleView, header: Header, there: int) -> None:
         self._handle = handle
+        self._header = header
         self._there = there
         self._kept: OrderedDict[int, bytes] = OrderedDict()
         self._guard = threading.Lock()
@@ -93,7 +94,7 @@ class Reader:
         with self._guard:
             found = self._kept.get(objno)
         if found is None:
-            found = history_of(self._handle, objno).content(self._there)
+            found = history_of(self._handle, self._header, objno).content(self._there)
             with self._guard:
                 self._kept[objno] = found
                 while len(self._kept) > KEPT:
@@ -116,11 +117,11 @@ class Step:
 class History:
     """Of one object of the destination, in terms of the source."""
 
-    def __init__(self, handle: HandleView, objno: int) -> None:
-        header = handle._header
+    def __init__(self, handle: HandleView, header: Header, objno: int) -> None:
         spec = header.migration
         assert spec is not None
         self.handle = handle
+        self.header = header
         self.objno = objno
         self.flatten = spec.flatten
         pairs = sorted(spec.snap_seqs.items())
@@ -130,7 +131,7 @@ class History:
         self._snapsets: dict[int, SnapSet | None] = {}
 
     def _view(self, there: int) -> ViewSpec:
-        return self.handle.view_at(there)
+        return self.handle.view_at(there, whole=False, header=self.header)
 
     def _snapset(self, view: ViewSpec, objno: int) -> SnapSet | None:
         if objno not in self._snapsets:
@@ -186,9 +187,9 @@ class History:
 class ImportHistory(History):
     """The source is no image of this store. Its snapshots have the ids 1, 2, ..., oldest first."""
 
-    def __init__(self, handle: HandleView, objno: int) -> None:
-        super().__init__(handle, objno)
-        self.source = source_of(handle)
+    def __init__(self, handle: HandleView, header: Header, objno: int) -> None:
+        super().__init__(handle, header, objno)
+        self.source = source_of(handle, header)
         self._last: tuple[object, ...] = ()
         self._since: int | None = None
 
@@ -219,15 +220,14 @@ class ImportHistory(History):
         return b"".join(self.source.read(start, length, at) for start, length in self._ranges(there, at)).rstrip(b"\0")
 
 
-def history_of(handle: HandleView, objno: int) -> History:
-    return ImportHistory(handle, objno) if handle._header.imports else History(handle, objno)
+def history_of(handle: HandleView, header: Header, objno: int) -> History:
+    return ImportHistory(handle, header, objno) if header.imports else History(handle, header, objno)
 
 
-def source_of(handle: HandleView) -> Source:
+def source_of(handle: HandleView, header: Header) -> Source:
     """What an import reads from, opened at first use."""
     from .imported import Imported
 
-    header = handle._header
     assert header.migration is not None
     with handle._state:
         if handle.imported is None:
@@ -235,10 +235,10 @@ def source_of(handle: HandleView) -> Source:
         return handle.imported.source
 
 
-def bring(handle: HandleView, objno: int, again: bool = False) -> bool:
+def bring(handle: HandleView, header: Header, objno: int, again: bool = False) -> bool:
     """Whether there is an object in HEAD now. What is here already is left alone, but for the last of its versions when
     that may have been cut short (`again`)."""
-    history = history_of(handle, objno)
+    history = history_of(handle, header, objno)
     oid = handle.objects.oid(objno)
     begun: SnapSet | None = None
     with ignoring(errno.ENOENT):
@@ -310,11 +310,11 @@ def _snapshot_map(handle: HandleView, snap_id: int, objno: int, state: int) -> N
         handle.ctx.write(map_oid(handle.id, snap_id), [update])
 
 
-def complete(handle: HandleView) -> None:
+def complete(handle: HandleView, header: Header) -> None:
     """Of an image that migrates, by whoever may write: the objects that a crash left between two versions."""
-    if not handle._header.migrates:
+    if not header.migrates:
         return
     rows, _ = handle.ctx.read(handle.oid, [OmapGetVals(prefix=NOTE)])[0]
     for key in rows:
-        bring(handle, int(key.removeprefix(NOTE), 16), again=True)
+        bring(handle, header, int(key.removeprefix(NOTE), 16), again=True)
         handle.ctx.write(handle.oid, [OmapRmKeys([key])])
