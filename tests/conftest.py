@@ -13,6 +13,8 @@ import pytest
 
 from librbd_py.devcluster import DevCluster, Options, S3Access, scratch
 from librbd_py.devcluster.admin import Admin
+from librbd_py.store import layout as native_layout
+from librbd_py.store.embedded import store as embedded_store
 
 _numbers = itertools.count(1)
 
@@ -27,6 +29,19 @@ class Existing(DevCluster):
     @property
     def conf(self) -> str:
         return self._conf
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_open() -> Iterator[None]:
+    """A module whose tests leave an embedded store or a layout open fails by itself, instead of a later one that counts
+    them. The stores are closed."""
+    before, layouts = set(embedded_store._stores), set(native_layout._open)
+    yield
+    left = set(embedded_store._stores) - before
+    for store in left:
+        store.close()
+    open_still = set(native_layout._open) - layouts
+    assert not left and not open_still, f"left open: {[store.path for store in left]}, layouts {sorted(open_still)}"
 
 
 @pytest.fixture(scope="session")
