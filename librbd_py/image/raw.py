@@ -91,7 +91,8 @@ def _data(handle: ImageHandle, begin: int, size: int) -> Iterator[tuple[int, int
         diff_iterate(handle, begin, size - begin, None, lambda at, count, _: rows.append((at, count)))
         yield from rows
         return
-    plain = handle.header.layout.stripe_count == 1 and not handle.view_at(handle.snap_id).overlap
+    header = handle.header
+    plain = header.layout.stripe_count == 1 and not header.overlap_at(handle.snap_id)
     states = known_states(handle, handle.snap_id) if plain else None
     if states is None:
         yield begin, size - begin
