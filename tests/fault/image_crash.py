@@ -17,14 +17,18 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from librbd_py import rbd
 from librbd_py.format import features as ft
+from librbd_py.format import streams
 from librbd_py.image import clones, directory, map_check, snapshots
 from librbd_py.image.datapath import READ, NativeImage
 from librbd_py.image.directory import CreateOptions
+from librbd_py.image.streams import import_diff
 from librbd_py.store.api import NO_SNAPS, ObjectContext, OmapGetKeys, SnapContext
 from librbd_py.store.embedded import EmbeddedStore
 from librbd_py.store.embedded.check import check
@@ -151,6 +155,24 @@ def copy(io: ObjectContext) -> None:
         image.copy(io, "copy")
 
 
+def zeroed(io: ObjectContext) -> None:
+    """Objects that hold nothing but zeros, and halves of some."""
+    plain(io)
+    with rbd.Image(io, "disk") as image:
+        image.write(bytes(3 << ORDER), 0)
+        image.write(b"8" * 100, (6 << ORDER) + 100)
+        image.write(bytes(3 << ORDER), 7 << ORDER)
+
+
+def diff_to_three(io: ObjectContext) -> None:
+    """A diff from snapshot "two" to a new one, as long as that is not there."""
+    data = bytes(range(256)) * 64
+    parts = [streams.diff_head(1, "two", "three", SIZE - 5000, False), streams.extent(1 << ORDER, len(data), True, 1)]
+    parts += [data, streams.extent(5 << ORDER, 3 << ORDER, False, 1), streams.END]
+    with rbd.Image(io, "disk") as image:
+        import_diff(image.handle, streams.Reader(BytesIO(b"".join(parts))))
+
+
 def protected(io: ObjectContext) -> None:
     fill(io)
     with rbd.Image(io, "disk") as image:
@@ -266,6 +288,9 @@ OPERATIONS = {
     "trash move": Operation(fill, lambda io: R.trash_move(io, "disk", 0)),
     "trash restore": Operation(trashed, restore),
     "trash remove": Operation(trashed, purge),
+    "trash purge": Operation(trashed, lambda io: R.trash_purge(io, datetime(2100, 1, 1))),
+    "sparsify": Operation(zeroed, on("disk", lambda image: image.sparsify(4096))),
+    "import a diff": Operation(fill, diff_to_three),
     "object map off": Operation(fill, on("disk", lambda image: image.update_features(ft.OBJECT_MAP, False))),
     "object map on": Operation(mapless, on("disk", with_map)),
 }
