@@ -20,6 +20,7 @@ from vm_images.kernel import kernel
 MIB = 1 << 20
 BOOT_SECONDS = 60.0
 ROOT_PORTS = 6
+EMULATOR = Path(__file__).with_name("emulator")
 
 XML = """<domain type='qemu'><name>{name}</name><uuid>{uuid}</uuid>
  <memory unit='MiB'>192</memory><vcpu>1</vcpu>
@@ -27,7 +28,7 @@ XML = """<domain type='qemu'><name>{name}</name><uuid>{uuid}</uuid>
   <cmdline>console=ttyS0 quiet panic=1 no_timer_check rbdpy.start=0 {append}</cmdline></os>
  <features><acpi/></features><cpu mode='custom' match='exact'><model>qemu64</model></cpu>
  <on_reboot>restart</on_reboot>
- <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
+ <devices><emulator>{emulator}</emulator>
   <controller type='pci' model='pcie-root'/>{ports}
   <controller type='usb' model='none'/><memballoon model='none'/><video><model type='none'/></video>
   {disks}
@@ -81,6 +82,7 @@ class Domain:
         conf = self.store.removeprefix("ceph:") if self.store.startswith("ceph:") else ""
         disks = "".join(rbd_disk(image, f"vd{chr(97 + at)}", conf) for at, image in enumerate(self.images))
         return XML.format(
+            emulator=EMULATOR,
             name=self.name,
             uuid=self.uuid,
             kernel=chosen.vmlinuz,

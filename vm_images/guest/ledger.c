@@ -91,23 +91,61 @@ static void error(struct thread *t, const char *what, uint64_t lba, const char *
         printf("STAMP-ERROR ledger thread %u: %s of block %llu: %s\n", t->number, what, (unsigned long long)lba, why);
 }
 
+/* A block's words, and whether it is one that somebody wrote as a whole. */
+static void describe(const char *what, uint64_t *b)
+{
+    uint64_t crc = b[7];
+    b[7] = 0;
+    int whole = b[0] == MAGIC && crc32(b, BLOCK) == crc;
+    b[7] = crc;
+    printf("STAMP-FOUND %s: image %llu block %llu owner %llu epoch %llu thread %llu version %llu magic %llx, %s\n", what,
+           (unsigned long long)b[1], (unsigned long long)b[2], (unsigned long long)b[3], (unsigned long long)b[4],
+           (unsigned long long)b[5], (unsigned long long)b[6], (unsigned long long)b[0], whole ? "whole" : "torn");
+}
+
+/* Tells a disk that holds something else from a guest whose memory does: what stood in the buffer before the read, what
+ * the same read finds now, what the block should be, made again. */
+static void wrong(struct thread *t, uint64_t lba, uint64_t *b, uint64_t *want, uint64_t version, uint64_t *before)
+{
+    int first = 0, last = WORDS - 1, differ = 0;
+    error(t, "read", lba, "it holds something else");
+    while (first < WORDS && b[first] == want[first])
+        first++;
+    while (last > first && b[last] == want[last])
+        last--;
+    for (int i = 0; i < WORDS; i++)
+        differ += b[i] != want[i];
+    printf("STAMP-FOUND %d words differ, %d to %d; wanted version %llu\n", differ, first, last, (unsigned long long)version);
+    describe("wanted", want);
+    describe("found", b);
+    describe("in the buffer before", before);
+    fill(want, lba, t->number, version);
+    printf("STAMP-FOUND made again: %s\n", memcmp(b, want, BLOCK) ? "differs" : "is what was found");
+    for (int i = 0; i < WORDS; i++)
+        b[i] = ~want[i];
+    if (pread(disk, b, BLOCK, (off_t)(lba * BLOCK)) == BLOCK)
+        describe(memcmp(b, want, BLOCK) ? "read again, not right" : "read again, right", b);
+}
+
 static void *run(void *arg)
 {
     struct thread *t = arg;
-    uint64_t *held = calloc(share, sizeof *held), *b = NULL, *want = NULL;
+    uint64_t *held = calloc(share, sizeof *held), *b = NULL, *want = NULL, *before = NULL;
     uint64_t random = mix(t->number + epoch * 977), version = 0;
     int64_t end = now_ms() + seconds * 1000LL, said = 0;
-    if (!held || posix_memalign((void **)&b, BLOCK, BLOCK) || posix_memalign((void **)&want, BLOCK, BLOCK))
+    if (!held || posix_memalign((void **)&b, BLOCK, BLOCK) || posix_memalign((void **)&want, BLOCK, BLOCK) ||
+        posix_memalign((void **)&before, BLOCK, BLOCK))
         abort();
     while (now_ms() < end && !t->failed) {
         random = mix(random + 0x9e3779b97f4a7c15ULL);
         uint64_t at = random % share, lba = 1 + t->number * share + at;
         if (random >> 62 == 0 && held[at]) {
             fill(want, lba, t->number, held[at]);
+            memcpy(before, b, BLOCK);
             if (pread(disk, b, BLOCK, (off_t)(lba * BLOCK)) != BLOCK)
                 error(t, "read", lba, strerror(errno));
             else if (memcmp(b, want, BLOCK))
-                error(t, "read", lba, "it holds something else");
+                wrong(t, lba, b, want, held[at], before);
             t->reads++;
             continue;
         }
