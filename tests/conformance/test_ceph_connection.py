@@ -176,7 +176,9 @@ def test_a_refused_client_is_not_given_to_others(url: str, pool: str, alone: Cal
         io = fenced.open(pool)
         io.write("o", [WriteFull(b"x")])
         heard = Heard(io, "o")
-        alone().blocklist_add(fenced.client.address, 60)
+        other = alone()
+        other.blocklist_add(fenced.client.address, 60)
+        other.open(pool).read("o", [AssertExists()])  # which tells the OSD of the map that lists it
         with pytest.raises(OSError) as caught:
             io.write("o", [Append(b"y")])
         assert caught.value.errno == errno.ESHUTDOWN

@@ -92,7 +92,8 @@ def test_there_and_back_everything_is_the_same(stores: Stores, through: str) -> 
     assert described(middle, stores.pools) == before
     assert described(source, stores.pools) == before  # untouched
     back = stores.open(stores.url("embedded"))
-    Transfer(middle, back).everything()
+    for pool in stores.pools:  # and not what others have on that cluster
+        Transfer(middle, back).pool(pool)
     assert described(back, stores.pools) == before
     # What came over is alive.
     for name in ("plain", "v1", "kin"):

@@ -136,12 +136,12 @@ def test_unknown_incompatible_features_are_refused_by_name(io: ObjectContext, mo
     known = cls.read_header
 
     def newer(ctx: ObjectContext, oid: str, read_only: bool) -> cls.BaseHeader:
-        return replace(known(ctx, oid, read_only), incompatible=1 << 40 | ft.MIGRATING)
+        return replace(known(ctx, oid, read_only), incompatible=1 << 40 | ft.DIRTY_CACHE)
 
     monkeypatch.setattr(cls, "read_header", newer)
     found = ends(use, io)
     assert isinstance(found, rbd.FunctionNotSupported)
-    assert "migrating, 0x10000000000" in str(found)
+    assert "dirty-cache, 0x10000000000" in str(found)
 
 
 @pytest.mark.parametrize("missing", ["id", "header", "id is garbage", "id is of nobody"])
