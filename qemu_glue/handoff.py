@@ -160,9 +160,11 @@ class HandOff:
         if self._handle.uses_lock and await self._call(runs_elsewhere, self._handle, self.key) is not None:
             await self.stand_by(sure=False)
 
-    def force(self) -> None:
-        """An operator's word that a VM whose lock was refused may have it all the same."""
-        self._post("force")
+    def force(self) -> bool:
+        """An operator's word that a VM whose lock was refused may have it all the same. False: it was not refused."""
+        if self.state is S.REFUSED:
+            self._post("force")
+        return self.state is S.REFUSED
 
     @property
     def lingers(self) -> bool:

@@ -101,7 +101,26 @@ def status(session: Session) -> None:
     table = Table(*((heading, "left") for heading in HEADINGS))
     for vm in vms:
         for disk in vm["disks"]:
-            lock = "here" if disk.get("lock-owner") else ""
+            lock = "here" if disk.get("lock-owner") else "refused" if disk.get("refused") else ""
             row = (disk["target"], disk["image"], disk["transport"], disk["state"], disk.get("pid", ""), lock)
             table.add(vm["name"] or vm["uuid"], vm["state"], *row)
     print(table.text() if any(vm["disks"] for vm in vms) else "no VMs\n", end="")
+
+
+@command("host force", "Let a virtual machine go on that was refused the lock of its disks.", specs=("name",))
+def force(session: Session) -> None:
+    from qemu_glue.host.ask import ask
+    from qemu_glue.host.config import load
+
+    if not session.options.specs:
+        raise Failure("rbd: the name or uuid of a VM was not specified", 22)
+    name = str(session.options.specs[0])
+    try:
+        config = load()
+        vms: list[dict[str, Any]] = ask(config.qmp, "rbd-vm-query", {}, ASK_SECONDS)
+        found = [vm["uuid"] for vm in vms if name in (vm["name"], vm["uuid"])]
+        if len(found) != 1:
+            raise Failure(f"rbd: host force: {'more than one VM' if found else 'no VM'} here is called {name}", 2)
+        ask(config.qmp, "rbd-vm-force", {"uuid": found[0]}, ASK_SECONDS)
+    except OSError as error:
+        raise _failed("force", error) from None

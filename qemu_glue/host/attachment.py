@@ -22,7 +22,7 @@ from typing import Any
 from librbd_py.image.locks import watchers
 from qemu_glue import events
 from qemu_glue.exports import Export, NBDServer, start_reactors, vhost_user_blk
-from qemu_glue.handoff import HandOff
+from qemu_glue.handoff import HandOff, State
 from qemu_glue.host.peer import Identity, Peer
 from qemu_glue.libvirt.domain import ServedDisk
 from qemu_glue.nodes import Node
@@ -226,6 +226,10 @@ class Attachment:
         """The VM comes back, or the service ends: an offer that nobody took is withdrawn."""
         self._wanted_here.set()
 
+    def force(self) -> bool:
+        """An operator's word for a disk whose requests wait because the lock was refused. False: they do not."""
+        return self._hand_off is not None and self._hand_off.force()
+
     def describe(self) -> dict[str, Any]:
         node = self.node if self.state == "serving" else None
         return {
@@ -238,6 +242,7 @@ class Attachment:
             "node-name": node.name if node is not None else "",
             "clients": sum(self._clients.values()),
             "lock-owner": node is not None and node.handle.is_lock_owner,
+            "refused": self._hand_off.reason if self._hand_off and self._hand_off.state is State.REFUSED else "",
             "read-only": node is not None and node.read_only,
         }
 

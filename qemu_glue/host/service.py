@@ -114,6 +114,7 @@ class HostService:
             "rbd-vm-release": self.vm_release,
             "rbd-vm-reconnect": self.vm_reconnect,
             "rbd-vm-query": self.vm_query,
+            "rbd-vm-force": self.vm_force,
             "rbd-image-socket": self.image_socket,
         }
 
@@ -187,6 +188,14 @@ class HostService:
             disks = [attachment.describe() for attachment in its]
             shown.append({"uuid": uuid, "name": its[0].identity.name, "state": "unknown", "disks": disks})
         return shown
+
+    async def vm_force(self, arguments: dict[str, Any]) -> None:
+        """An operator's word for a VM that was refused the lock of its disks, because a stranger had owned it: it has
+        them, and what it had asked for is done. RBD_HANDOFF_TAKEN tells when. QMPError: none of its disks waits."""
+        uuid = shapes.uuid_in(check(arguments, shapes.VM)["uuid"])
+        forced = [each.force() for each in self.attachments.values() if each.identity.uuid == uuid]
+        if not any(forced):
+            raise QMPError("no disk of that VM waits for a lock that was refused")
 
     async def image_socket(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The socket of an image of the service's own store, for a disk that is attached without a hook."""

@@ -296,6 +296,12 @@ def test_somebody_breaks_the_lock_in_the_gap(world: World) -> None:
                 at = len(domain.console)
                 time.sleep(2)
                 assert "STAMP-TICK" not in domain.console[at:], "the guest goes on without the lock"
+                assert "refused" in destination.rbdpy("host", "status")
+                destination.rbdpy("host", "force", domain.name)
+                domain.wait_for_progress()
+                assert domain.holder() == destination.name
+                with pytest.raises(HostError, match="no disk of that VM waits"):
+                    destination.rbdpy("host", "force", domain.uuid)
                 return
         finally:
             for host in world.hosts:
