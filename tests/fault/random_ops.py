@@ -424,7 +424,7 @@ class Program:
         self.note("copy", name, new, deep)
         if deep:
             image.deep_copy(self.contexts[0], new)
-            self.models[new] = Model(bytearray(model.head), dict(model.snaps))
+            self.models[new] = Model(bytearray(model.head), dict(model.snaps), protected=set(model.protected))
         else:
             image.copy(self.contexts[0], new)
             self.models[new] = Model(bytearray(model.head))
