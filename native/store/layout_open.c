@@ -152,7 +152,11 @@ rbdn_store *rbdn_layout_open(const char *path, unsigned order, int create, int *
         if (r == 0 && !(l = layout_new(dir, index, found)))
             r = -ENOMEM;
         if (r == 0 && (r = index_map(l, found)) == 0)
-            r = head_open(l, 0, false) < 0 ? -EIO : join(l);
+            r = head_open(l, 0, false);
+        if (r >= 0 && l)
+            r = join(l);
+        else if (r == -ENOENT && l)
+            r = -EIO; /* a layout has its first segment from the start */
         if (r == 0)
             atomic_fetch_add(&layout_header(l)->users, 1);
         if (l)

@@ -82,6 +82,8 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
     if request.param == "ceph":
         made.empty()
     yield made
+    if request.param == "ceph":
+        made.empty()  # others use the pool, too
     made.close()
 
 

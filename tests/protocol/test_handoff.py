@@ -167,7 +167,8 @@ def test_lock_goes_there_and_back_with_the_vm(world: World) -> None:
             await b.serve()
             guest.start(guest.connect(a))
             await guest.write(0, b"0" * 512)
-            owners = {world.owner()}
+            owner = world.owner()
+            owners = {owner}
             here, there = a, b
             for turn in range(1, 5):
                 target = guest.connect(there)
@@ -178,11 +179,14 @@ def test_lock_goes_there_and_back_with_the_vm(world: World) -> None:
                 assert offered["key"] == KEY and offered["id"] == "v" and offered["seconds"] < 2
                 guest.start(target)
                 assert await guest.read(8 * turn) == bytes([turn]) * 512
-                taken = await there.event("TAKEN")
-                assert taken["seconds"] < 2
+                if turn == 1:  # later, who offered before may have it back
+                    taken = await there.event("TAKEN")
+                    assert taken["seconds"] < 2
                 assert source
                 guest.leave(source)
-                owners.add(world.owner())
+                before, owner = owner, world.owner()
+                assert owner != before
+                owners.add(owner)
                 await guest.write(8 * turn + 1, bytes([turn]) * 512)
                 here, there = there, here
             assert len(owners) == 2 and None not in owners

@@ -1,6 +1,7 @@
 """A host service is killed (SIGKILL) around the switch-over of a live migration, on either side, and started again.
 
 What QEMU 7.2 cannot survive is in ARCHITECTURE.md ("A service that is killed during a migration"); here is what it can.
+Long runs, because on a busy machine the windows that it cannot survive are hit now and then.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from qemu_glue.qmp.connection import Connection
 from tests.vm.machines import says
 from tests.vm.rig import MIB, Rig
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.soak]
 UUID = "11111111-2222-4333-8444-555555555555"
 DISK = {"target": "vda", "pool": "rbd", "image": "disk", "transport": "vhost-user"}
 DEADLINE = 60.0
