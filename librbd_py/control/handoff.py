@@ -317,9 +317,12 @@ def judge(m: LockMachine, owner: Locker | None) -> int | Offer | None:
 
 def asks(m: LockMachine, owner: Locker) -> None:
     """The owner that was there all the time is asked, or is dead. Nobody else may come before us; where nobody owned
-    the lock so far that goes for the first one we see."""
-    if m.hand.standby is not None:
-        m.hand.standby = le.StandBy(m.hand.standby.key, owner)
+    the lock so far that goes for the first one we see. What we saw may be older than its word that it has let go, which
+    it says once."""
+    standby = m.hand.standby
+    if standby is not None:
+        said = standby.left and standby.owner is not None and standby.owner.gid == owner.gid
+        m.hand.standby = le.StandBy(standby.key, owner, left=said)
 
 
 def overtaken(m: LockMachine) -> bool:

@@ -103,6 +103,14 @@ def request(
     return struct.pack(">IHHQQI", magic, flags, command, cookie, offset, length)
 
 
+def connect(sock: socket.socket, target: Path | str, timeout: float) -> None:
+    """Waits while the server's backlog is full, which a socket with Python's own timeout does not."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(timeout), 0))
+    sock.settimeout(None)
+    sock.connect(str(target))
+    sock.settimeout(timeout)
+
+
 class Client:
     """One connection. `negotiate` goes to transmission; before it every option can be sent by hand."""
 
@@ -121,7 +129,7 @@ class Client:
         self.lengths: dict[int, tuple[int, int, int]] = {}
         try:
             if not isinstance(target, socket.socket):
-                self.sock.connect(str(target))
+                connect(self.sock, target, timeout)
             greeting = self.receive(18)
             assert greeting[:16] == MAGIC + OPTION_MAGIC, greeting
             self.handshake_flags: int = struct.unpack(">H", greeting[16:])[0]
