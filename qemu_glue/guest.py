@@ -5,6 +5,7 @@ A vhost-user disk needs guest memory that the export may map, so memory is alway
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import selectors
@@ -58,6 +59,20 @@ def comma(text: str) -> str:
     return text.replace(",", ",,")
 
 
+class ConsoleText:
+    """A console's bytes as text, in whatever pieces they come: characters stay whole, lines end with a newline alone."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def add(self, data: bytes) -> str:
+        """The text of this piece; a carriage return at its end waits for what follows."""
+        text = self._held + self._decoder.decode(data)
+        self._held = "\r" if text.endswith("\r") else ""
+        return text.removesuffix("\r").replace("\r\n", "\n")
+
+
 class Guest:
     """A running QEMU. States: started -> ended. Always call close(): it ends the process if it still runs."""
 
@@ -98,6 +113,7 @@ class Guest:
             command += ["-device", "virtio-serial-pci", "-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"]
         command += extra
         self.command = command
+        self._text = ConsoleText()
         self.console = ""  # what the guest printed so far, the newest CONSOLE_LIMIT characters
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -157,7 +173,7 @@ class Guest:
             self._open = False
             self._selector.unregister(self._out)
             return
-        text = data.decode("utf-8", "replace").replace("\r\n", "\n")
+        text = self._text.add(data)
         self.console = (self.console + text)[-CONSOLE_LIMIT:]
         if show:
             show(text)

@@ -122,7 +122,16 @@ async def attach(qmp: Connection, spec: DiskSpec) -> None:
 
 async def _chardev(qmp: Connection, name: str, spec: DiskSpec) -> None:
     data = {"addr": {"type": "unix", "data": {"path": spec.path}}, "server": False, "reconnect": 1}
-    await qmp.execute("chardev-add", {"id": name, "backend": {"type": "socket", "data": data}})
+    limit = asyncio.get_running_loop().time() + RELEASE_SECONDS
+    while True:
+        try:
+            await qmp.execute("chardev-add", {"id": name, "backend": {"type": "socket", "data": data}})
+            return
+        except CommandFailed as error:
+            # One of that name was removed while it was connecting: QEMU ends it when the attempt ends.
+            if "duplicate yank" not in error.description or asyncio.get_running_loop().time() > limit:
+                raise
+        await asyncio.sleep(0.05)
 
 
 async def _connected(qmp: Connection, name: str, path: str) -> None:
@@ -205,6 +214,8 @@ async def backend(qmp: Connection, name: str) -> tuple[str, str]:
         return "chardev", chardev
     if drive := await _property(qmp, name, "drive"):
         return "node", drive
+    if name not in await devices(qmp):  # the guest gave it back just now
+        raise MachineError(errno.ENODEV, f"the machine has no disk {name}")
     raise MachineError(errno.EINVAL, f"the device {name} is no disk")
 
 
@@ -251,6 +262,8 @@ async def _unplug(qmp: Connection, name: str, deadline: float) -> None:
         try:
             await qmp.execute("device_del", {"id": name})
         except CommandFailed as error:
+            if error.error_class == "DeviceNotFound":  # the guest gave it back just now
+                return
             if "in the process of unplug" not in error.description:
                 raise
         try:
