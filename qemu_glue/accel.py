@@ -67,3 +67,10 @@ def memory_of(mib: int, accel: str) -> str:
     memory of guests that migrate when it is a multiple of 256 KiB (cpu_physical_memory_sync_dirty_bitmap clears dirty
     bits of such blocks on a fast path that leaves the TLBs of vCPUs as they are: what they write then is missed)."""
     return f"{mib * 1024 + 8}K" if accel.startswith("tcg") else f"{mib}M"
+
+
+def cpus_of(cpus: int, accel: str) -> str:
+    """The value of -smp. Under TCG a machine that could have one more CPU: for others QEMU before 8.0 leaves out its
+    memory barriers (tcg_gen_mb), also where the other side is a back end in another process. Then an interrupt or a
+    kick is lost now and then (VIRTIO_RING_F_EVENT_IDX lives by barriers), and a guest waits for ever."""
+    return f"{cpus},maxcpus={max(2, cpus)}" if accel.startswith("tcg") else str(cpus)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qemu_glue.accel import QEMU, cpu_of, memory_of
+from qemu_glue.accel import QEMU, cpu_of, cpus_of, memory_of
 from qemu_glue.qmp.disks import nbd_node, raw_node
 
 AGENT_PORT = "org.qemu.guest_agent.0"
@@ -60,7 +60,7 @@ def comma(text: str) -> str:
 
 
 class ConsoleText:
-    """A console's bytes as text, in whatever pieces they come: characters stay whole, lines end with a newline alone."""
+    """A console's bytes as text, in whatever pieces they come: characters stay whole, lines end with a newline."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -94,7 +94,7 @@ class Guest:
         command = [QEMU, "-accel", accel, "-machine", "q35,memory-backend=ram", "-cpu", cpu_of(accel)]
         memory = memory_of(memory_mib, accel)
         command += ["-m", memory, "-object", f"memory-backend-memfd,id=ram,size={memory},share=on"]
-        command += ["-smp", str(cpus), "-display", "none", "-nodefaults", "-no-user-config"]
+        command += ["-smp", cpus_of(cpus, accel), "-display", "none", "-nodefaults", "-no-user-config"]
         command += ["-no-reboot", "-serial", "stdio"]
         for number, disk in enumerate(disks):
             command += disk.arguments(number)

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from librbd_py.devcluster.processes import Daemon
-from qemu_glue.accel import QEMU, accelerator, cpu_of, memory_of
+from qemu_glue.accel import QEMU, accelerator, cpu_of, cpus_of, memory_of
 from qemu_glue.guest import AGENT_PORT, comma
 from qemu_glue.qmp import Machine, MachineError
 from qemu_glue.qmp.connection import Connection
@@ -51,7 +51,7 @@ def command(spec: VMSpec, place: Path, sockets: dict[str, str], incoming: bool) 
     words = [program(), "-name", f"guest={comma(spec.name)}", "-uuid", spec.uuid, "-S"]
     words += ["-accel", spec.accel, "-machine", f"{spec.machine},memory-backend=ram", "-cpu", cpu_of(spec.accel)]
     memory = memory_of(spec.memory, spec.accel)
-    words += ["-m", memory, "-smp", str(spec.cpus)]
+    words += ["-m", memory, "-smp", cpus_of(spec.cpus, spec.accel)]
     words += ["-object", f"memory-backend-memfd,id=ram,size={memory},share=on"]
     words += ["-display", "none", "-nodefaults", "-no-user-config"]
     for name in ("control", "qmp"):

@@ -46,19 +46,24 @@ class Load:
         self._busy: set[int] = set()
         self._held: dict[int, int] = {}  # block -> number of the last write to it; one at a time
         for _ in range(DEPTH):
-            self._send()
+            with self._changed:
+                number = self._next()
+            self._send(number)
 
-    def _send(self) -> None:
-        with self._changed:
-            while True:
-                self._number += 1
-                block = self._number % BLOCKS
-                if block not in self._busy:
-                    break
-            self._busy.add(block)
-            self._held[block] = self._number
-            data = content(self._number)
-        self._image.aio_write(data, block * BLOCK, partial(self._done, block))
+    def _next(self) -> int:
+        """The number of the next write. Its block is busy from here on, so that stop() waits for it."""
+        while True:
+            self._number += 1
+            block = self._number % BLOCKS
+            if block not in self._busy:
+                break
+        self._busy.add(block)
+        self._held[block] = self._number
+        return self._number
+
+    def _send(self, number: int) -> None:
+        block = number % BLOCKS
+        self._image.aio_write(content(number), block * BLOCK, partial(self._done, block))
 
     def _done(self, block: int, completion: Any) -> None:
         result = completion.get_return_value()
@@ -67,10 +72,10 @@ class Load:
             self.written += 1
             if result < 0:
                 self.failed.append(result)
-            go_on = not self._stopping and result >= 0
+            number = self._next() if not self._stopping and result >= 0 else None
             self._changed.notify_all()
-        if go_on:
-            self._send()
+        if number is not None:
+            self._send(number)
 
     def wait(self, count: int) -> None:
         """So many more writes than now."""
@@ -124,7 +129,7 @@ def finish(image: rbd.Image, load: Load, cookies: list[int | None]) -> None:
     load.stop()
     assert load.failed == []
     assert len(cookies) == len(set(cookies))
-    assert image.is_exclusive_lock_owner()
+    until(image.is_exclusive_lock_owner)
     load.verify()
 
 

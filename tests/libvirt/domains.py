@@ -23,7 +23,7 @@ ROOT_PORTS = 6
 EMULATOR = Path(__file__).with_name("emulator")
 
 XML = """<domain type='qemu'><name>{name}</name><uuid>{uuid}</uuid>
- <memory unit='MiB'>192</memory><vcpu>1</vcpu>
+ <memory unit='MiB'>192</memory><vcpu current='1'>2</vcpu>
  <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type><kernel>{kernel}</kernel><initrd>{initrd}</initrd>
   <cmdline>console=ttyS0 quiet panic=1 no_timer_check rbdpy.start=0 {append}</cmdline></os>
  <features><acpi/></features><cpu mode='custom' match='exact'><model>qemu64</model></cpu>

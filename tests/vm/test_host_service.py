@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tests.vm.rig import MIB, Rig
 
 DEADLINE = 150.0
 GONE_SECONDS = 1.0  # from the death of a QEMU to the end of its watch and lock
-UUID = "11111111-2222-4333-8444-555555555555"
+UUID = str(uuid.uuid4())  # the service looks for it among all QEMUs of the machine
 SOAK = os.environ.get("RBDPY_SOAK") == "1"
 
 

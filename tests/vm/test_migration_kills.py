@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import tempfile
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from tests.vm.machines import says
 from tests.vm.rig import MIB, Rig
 
 pytestmark = [pytest.mark.vm, pytest.mark.soak]
-UUID = "11111111-2222-4333-8444-555555555555"
+UUID = str(uuid.uuid4())  # the service looks for it among all QEMUs of the machine
 DISK = {"target": "vda", "pool": "rbd", "image": "disk", "transport": "vhost-user"}
 DEADLINE = 60.0
 SECONDS = 9  # of load in the guest
