@@ -14,8 +14,12 @@ NAMES = {
     events.EXPORT_STOPPED: "stopped",
     events.EXPORT_SWITCHOVER: "switchover",
     events.EXPORT_RINGS: "rings",
+    events.EXPORT_STALE: "stale",
     events.LOST: "lost",
 }
+
+
+STALE = "the guest came without what the disk wrote to its memory last (its service was killed as it moved): queue %d"
 
 
 def follow(export_id: int, loop: asyncio.AbstractEventLoop, handler: Callable[[str, int], None]) -> None:

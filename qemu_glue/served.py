@@ -43,6 +43,8 @@ class ServedExport:
             self._stopped.set()
         elif what == "broken":
             log.warning("export %s: a client broke the protocol (queue %d)", self.id, value)
+        elif what == "stale":
+            log.warning(f"export %s: {events.STALE}", self.id, value)
         elif self.hand_off is not None:
             self.hand_off.happened(what, value)
 

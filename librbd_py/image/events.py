@@ -21,6 +21,7 @@ EXPORT_BROKEN = 5
 EXPORT_STOPPED = 6
 EXPORT_SWITCHOVER = 9  # the front end has stopped its rings in a migration and waits: api_export.h, rbdn_export_go_on
 EXPORT_RINGS = 10  # a front end starts its rings
+EXPORT_STALE = 12  # a guest came with memory that is older than its state: event.h
 OBJECT_WANTED = 11  # a request waits for an object that the control side brings
 READ_ERROR = 8  # the store failed a read; IO_ERROR: a write or a flush. The value is -errno
 LOST = 7  # more unread events than the data plane holds: every handler gets it and asks for the state it cares about

@@ -21,6 +21,7 @@ enum event_type {
      * 0 when there was none. */
     EVENT_EXPORT_RINGS = 10,
     EVENT_OBJECT_WANTED = 11, /* source = image id: rbdn_image_wanted() has something */
+    EVENT_EXPORT_STALE = 12, /* source = export id, value = queue index: the guest came with memory older than its state */
 };
 void event_post(int type, uint64_t source, int64_t value);
 #endif

@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "engine/event.h"
 #include "transport/vhost_call.h"
 #include "transport/vhost_order.h"
 
@@ -399,6 +400,8 @@ static void start(struct vhost_queue *q)
     if (q->broken)
         return;
     atomic_fetch_add(&q->export->resubmitted, (uint64_t)count);
+    if (q->ring.stale)
+        event_post(EVENT_EXPORT_STALE, q->export->id, q->index);
     reading_now = q;
     for (int n = 0; n < count && !q->broken; n++)
         if (begin(q, q->heads[n], true))

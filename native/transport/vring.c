@@ -70,10 +70,15 @@ static int by_counter(const void *a, const void *b, void *table)
     return x < y ? -1 : x > y;
 }
 
-static int recover(struct split_ring *r, uint16_t *heads)
+static int recover(struct split_ring *r, uint16_t base, uint16_t *heads)
 {
     struct inflight_queue *t = r->inflight;
     if (load(&t->version, __ATOMIC_RELAXED) == 0) { /* fresh */
+        uint16_t behind = base - r->used;
+        if (behind && behind <= INT16_MAX) {
+            r->stale = true;
+            r->used = r->published = r->signalled = base;
+        }
         t->features = 0;
         t->desc_num = r->num;
         t->last_batch_head = 0;
@@ -118,11 +123,11 @@ int ring_start(struct split_ring *r, uint16_t base, uint16_t *heads)
 {
     r->used = r->published = load(&r->used_ring->idx, __ATOMIC_ACQUIRE);
     r->signalled = r->used;
-    r->signalled_valid = false;
+    r->signalled_valid = r->stale = false;
     r->last_avail = base;
     if (!r->inflight)
         return 0;
-    int count = recover(r, heads);
+    int count = recover(r, base, heads);
     /* The front end resumes at the used index; entries before it that are still in flight were read as well. */
     if (count >= 0)
         r->last_avail = r->used + count;

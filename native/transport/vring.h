@@ -51,6 +51,7 @@ struct split_ring {
     uint16_t signalled;  /* used index at the last decision about a signal */
     bool signalled_valid;
     bool event_idx, indirect; /* negotiated */
+    bool stale;               /* at the start the used index was older than the front end's base */
     bool log_used;            /* VHOST_VRING_F_LOG */
     unsigned hint;            /* region of the last look-up */
     struct vring_desc *desc;
@@ -82,7 +83,11 @@ struct ring_addresses {
 };
 int ring_map(struct split_ring *, struct guest_memory *, const struct ring_addresses *);
 /* Start at `base`. With an in-flight table: repair it after a crash and set last_avail behind what is in flight;
- * `heads` (room for num) receives the heads to submit again, oldest first. Returns how many, or -EPROTO. */
+ * `heads` (room for num) receives the heads to submit again, oldest first. Returns how many, or -EPROTO.
+ *
+ * A fresh table and a used index behind the base: the guest has moved here and some of its memory has not. QEMU before
+ * 9.0 drops the dirty log of a back end that is killed in a migration, but it sends the used index it saw last as the
+ * base. That one is believed (`stale`): with the older one, requests that the guest has back would be done again. */
 int ring_start(struct split_ring *, uint16_t base, uint16_t *heads);
 
 /* Entries not read yet; -EPROTO when the guest claims more than fit. */

@@ -152,6 +152,8 @@ class Attachment:
                 self.close()
         elif what == "broken":
             log.warning("%s: process %d broke the protocol (queue %d)", self.path, self.pid, value)
+        elif what == "stale":
+            log.warning(f"%s: {events.STALE}", self.path, value)
         elif self._hand_off is not None:
             self._hand_off.happened(what, value)
 

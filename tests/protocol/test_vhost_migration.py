@@ -218,6 +218,34 @@ def test_log_descriptor_is_taken_and_closed(vhost: Server) -> None:
         assert vhost.fds() == before
 
 
+def test_ring_whose_used_index_was_left_behind(vhost: Server) -> None:
+    """QEMU lost the dirty log of the source, whose back end was killed: guest memory here says 2 of 5 are done, and
+    the machine's state, which QEMU sends, 5. Nothing is done twice, and the sixth is done."""
+    memory = Memory()
+    with frontend(vhost.path, memory=memory) as source:
+        queue = source.queues[0]
+        for n in range(5):
+            assert source.write(n, bytes([n]) * 512) == 0
+        assert queue.used_idx() == 5
+        source.sock.close()
+        memory.write(queue.used + 2, struct.pack("<H", 2))
+        target = Frontend(vhost.path)
+        target.negotiate()
+        target.get_inflight(1, queue.num)
+        target.set_inflight()
+        target.set_features()
+        target.set_memory(memory)
+        submitted = vhost.stats().submitted
+        head = source.build(T_OUT, 4, bytes(512))[0]
+        queue.offer(head)
+        target.start(0, queue, base=5)
+        wait_until(lambda: queue.used_idx() == 6, "done")
+        assert [done for done, _ in queue.take()] == [head]
+        assert vhost.stats().submitted == submitted + 1
+        target.sock.close()
+        os.close(target.inflight[0]) if target.inflight else None
+
+
 def test_ring_moves_to_another_server_with_nothing_in_flight(vhost: Server) -> None:
     """The switch-over: stop with requests under way, go on elsewhere from the index given."""
     memory = Memory()
