@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from nbd_client import Client, Closed
@@ -23,7 +24,7 @@ from qemu_glue.client import Daemon
 from qemu_glue.host.ask import ServiceError, ask
 
 MIB = 1 << 20
-UUID = "11111111-2222-4333-8444-555555555555"
+UUID = str(uuid4())  # services look for it among all processes of the machine
 OTHER = "99999999-2222-4333-8444-555555555555"
 CLIENTS: list[Client] = []  # of this test: closed at its end, however it ends
 PATIENCE = 20.0  # seconds for what happens at once on an idle machine

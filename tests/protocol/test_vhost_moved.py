@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from vhost_frontend import OK, T_OUT, Frontend, Memory, Queue
@@ -15,7 +16,7 @@ from vhost_frontend import OK, T_OUT, Frontend, Memory, Queue
 from librbd_py import rados, rbd
 from qemu_glue.client import Daemon
 
-UUID = "11111111-2222-4333-8444-555555555555"
+UUID = str(uuid4())  # services look for it among all processes of the machine
 DISK = {"target": "vda", "transport": "vhost-user", "pool": "rbd", "image": "disk"}
 NEWS = 20.0  # seconds for an event
 

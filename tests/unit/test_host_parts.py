@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from qemu_glue.host.config import CONFIG, Config, load
 from qemu_glue.host.names import LONGEST, component, image_socket
 from qemu_glue.host.peer import Identity, parse_command_line, peer_of, vms_running
 
-UUID = "11111111-2222-4333-8444-555555555555"
+UUID = str(uuid4())  # services look for it among all processes of the machine
 
 
 # --- names

@@ -7,10 +7,10 @@ import os
 import re
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from qemu.qmp import ExecuteError
@@ -23,7 +23,7 @@ from tests.vm.rig import MIB, Rig
 
 DEADLINE = 150.0
 GONE_SECONDS = 1.0  # from the death of a QEMU to the end of its watch and lock
-UUID = str(uuid.uuid4())  # the service looks for it among all QEMUs of the machine
+UUID = str(uuid4())  # services look for it among all processes of the machine
 SOAK = os.environ.get("RBDPY_SOAK") == "1"
 
 

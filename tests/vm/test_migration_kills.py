@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import re
 import tempfile
-import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -24,7 +24,7 @@ from tests.vm.machines import says
 from tests.vm.rig import MIB, Rig
 
 pytestmark = [pytest.mark.vm, pytest.mark.soak]
-UUID = str(uuid.uuid4())  # the service looks for it among all QEMUs of the machine
+UUID = str(uuid4())  # services look for it among all processes of the machine
 DISK = {"target": "vda", "pool": "rbd", "image": "disk", "transport": "vhost-user"}
 DEADLINE = 60.0
 SECONDS = 9  # of load in the guest
