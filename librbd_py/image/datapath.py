@@ -395,22 +395,23 @@ class NativeImage:
         threads: int,
         grain: int,
         chunk: int,
-    ) -> tuple[int, bool]:
+    ) -> tuple[int, int, bool]:
         """Moves `length` bytes between the image and a file, where `offset` is at `position` (None: a pipe, into the
         image only). Zeros of `grain` bytes, aligned in their `chunk`, are not written (0: all is). `step`: bytes each
         thread moves at once.
 
-        Returns the bytes moved and whether the file ended; fewer without its end: the pipe is silent for 200 ms."""
+        Returns the bytes moved, how many of them were zeros and not written, and whether the file ended; fewer without
+        its end: the pipe is silent for 200 ms."""
         what = ffi.new("rbdn_pump *")
         what.fd, what.off, what.len = fd, offset, length
         setattr(what, "in", into_image)
         what.stream, what.pos = position is None, position or 0
         what.step, what.threads, what.grain, what.chunk = step, threads, grain, chunk
-        ended = ffi.new("int *")
-        moved = lib.rbdn_image_pump(self.pointer, what, ended)
+        out = ffi.new("rbdn_pumped *")
+        moved = lib.rbdn_image_pump(self.pointer, what, out)
         if moved < 0:
             raise OSError(-moved, f"{'import' if into_image else 'export'} of {length} bytes at {offset}")
-        return int(moved), bool(ended[0])
+        return int(moved), int(out.left_out), bool(out.ended)
 
     # --- requests that complete later
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import BinaryIO
 
 from librbd_py.format.object_map import NONEXISTENT
 from librbd_py.format.values import dataclass
+from librbd_py.native import check, lib
 
 from .ahead import at_once, in_order, is_local
 from .datapath import NativeImage
@@ -22,6 +25,8 @@ from .streams import PIECE, SPARSE, put, runs
 AT_ONCE = 64 << 20  # bytes between two reports of progress
 LOCAL_STEP = 256 << 10  # bytes: stays in a CPU's cache between being read and being written
 LOCAL_THREADS = 2
+DIRECT_STEP = 1 << 20  # bytes written past the page cache at once
+DIRECT_THREADS = 4  # these wait for the disk, not for a CPU
 MIN_STEP, MAX_STEP = 1 << 20, 8 << 20  # bytes, of a store at the other end of a network
 BLOCK = 4096  # bytes of a file system
 HOLE = 65536  # bytes of zeros that stay a hole in an exported file
@@ -41,6 +46,65 @@ class _Pace:
         step = max(MIN_STEP, min(handle.header.layout.object_size, MAX_STEP))
         return cls(step, at_once(handle))
 
+    @classmethod
+    def into(cls, handle: ImageHandle) -> _Pace:
+        """Of an import, which is durable at its end."""
+        if is_local(handle) and handle.header.layout.object_size >= DIRECT_STEP:
+            return cls(DIRECT_STEP, DIRECT_THREADS)
+        return cls.of(handle)
+
+
+_Range = Callable[[int, int], object]  # offset, length
+
+
+class _Room:
+    """Room on the disk, taken ahead of writing as long as all of it is used. What refuses is not asked again."""
+
+    def __init__(self, take: _Range | None, give_back: _Range) -> None:
+        """Both are called with offset and length; `take` None: there is none to be had."""
+        self._take = take
+        self._give_back = give_back
+        self._dense = False
+        self._refused = take is None
+
+    @contextmanager
+    def for_(self, offset: int, length: int) -> Iterator[list[int]]:
+        """The caller adds up what it did not write of these bytes."""
+        taken = False
+        if self._take is not None and self._dense and not self._refused:
+            try:
+                self._take(offset, length)
+                taken = True
+            except OSError:
+                self._refused = True
+        unused: list[int] = []
+        yield unused
+        self._dense = not sum(unused)
+        if taken and not self._dense:
+            self._give_back(offset, length)
+
+
+def _room_in_file(fd: int) -> _Room:
+    return _Room(
+        lambda offset, length: check(lib.rbdn_file_reserve(fd, offset, length), "room for the export"),
+        lambda offset, length: check(lib.rbdn_file_give_back(fd, offset, length), "room for the export"),
+    )
+
+
+def _room_in_image(handle: ImageHandle) -> _Room:
+    """None to be had where it is not in files of this machine, or striped."""
+    native, layout = handle.objects.native, handle.header.layout
+    if native is None or native.reserve is None or layout.stripe_count != 1:
+        return _Room(None, lambda offset, length: None)
+    reserve, give_back, grain = native.reserve, native.give_back, layout.object_size
+
+    def objects(call: _Range, offset: int, length: int) -> None:
+        first, last = -(-offset // grain), (offset + length) // grain
+        if first < last:
+            call(first, last - first)
+
+    return _Room(partial(objects, reserve), partial(objects, give_back))
+
 
 # --- out
 
@@ -56,29 +120,38 @@ def export_raw(
     """Into a file: holes stay holes. The file holds what the image does up to `begin` and nothing behind it.
     `reached(offset)` is called when everything before `offset` was moved."""
     size = handle.header.size_at(handle.snap_id)
-    pace = _Pace.of(handle)
+    pace, room = _Pace.of(handle), _room_in_file(fd)
     for offset, length in _pieces(_data(handle, begin, size)):
-        if isinstance(handle.data, NativeImage):
-            handle.data.pump(
-                fd,
-                offset,
-                length,
-                into_image=False,
-                position=offset,
-                step=pace.step,
-                threads=pace.threads,
-                grain=HOLE,
-                chunk=HOLE,
-            )
-        else:
-            data = handle.data.read(offset, length)
-            for at, count, is_data in runs(data, HOLE):
-                if is_data:
-                    _write_at(fd, memoryview(data)[at : at + count], offset + at)
+        with room.for_(offset, length) as unused:
+            unused += _out(handle, fd, offset, length, pace)
         report(progress, offset + length, size)
         if reached is not None:
             reached(offset + length)
     os.ftruncate(fd, size)
+
+
+def _out(handle: ImageHandle, fd: int, offset: int, length: int, pace: _Pace) -> Iterator[int]:
+    """Yields lengths of zeros that were not written."""
+    if isinstance(handle.data, NativeImage):
+        _, left_out, _ = handle.data.pump(
+            fd,
+            offset,
+            length,
+            into_image=False,
+            position=offset,
+            step=pace.step,
+            threads=pace.threads,
+            grain=HOLE,
+            chunk=HOLE,
+        )
+        yield left_out
+        return
+    data = handle.data.read(offset, length)
+    for at, count, is_data in runs(data, HOLE):
+        if is_data:
+            _write_at(fd, memoryview(data)[at : at + count], offset + at)
+        else:
+            yield count
 
 
 def _data(handle: ImageHandle, begin: int, size: int) -> Iterator[tuple[int, int]]:
@@ -156,35 +229,47 @@ def import_raw(
     """From a file of `size` bytes into an image of that size that holds nothing from `begin` on. `reached(offset)` is
     called when everything before `offset` was moved."""
     before_write(handle)
-    pace = _Pace.of(handle)
-    write_back = handle.objects.native.write_back if handle.objects.native is not None else None
-    for offset, length in _pieces(
-        _file_data(fd, begin, size, 1 if sparse and not BLOCK % sparse else handle.header.layout.object_size)
-    ):
-        if isinstance(handle.data, NativeImage):
-            moved, _ = handle.data.pump(
-                fd,
-                offset,
-                length,
-                into_image=True,
-                position=offset,
-                step=_step(pace, sparse),
-                threads=pace.threads,
-                grain=sparse,
-                chunk=handle.header.layout.object_size,
-            )
-        else:
-            data = os.pread(fd, length, offset)
-            put(handle, offset, data, sparse, zeroes=False)
-            moved = len(data)
-        if write_back is not None:
-            write_back()
-        report(progress, offset + moved, size)
-        if reached is not None:
-            reached(offset + moved)
-        if moved < length:
-            break  # somebody made the file shorter
+    pace, room = _Pace.into(handle), _room_in_image(handle)
+    native = handle.objects.native
+    grain = 1 if sparse and not BLOCK % sparse else handle.header.layout.object_size
+    if native is not None:
+        native.bulk(True)
+    try:
+        for offset, length in _pieces(_file_data(fd, begin, size, grain)):
+            with room.for_(offset, length) as unused:
+                moved, left_out = _in(handle, fd, offset, length, sparse, pace)
+                unused.append(left_out + length - moved)
+            if native is not None and native.write_back is not None:
+                native.write_back()
+            report(progress, offset + moved, size)
+            if reached is not None:
+                reached(offset + moved)
+            if moved < length:
+                break  # somebody made the file shorter
+    finally:
+        if native is not None:
+            native.bulk(False)
     handle.data.flush()
+
+
+def _in(handle: ImageHandle, fd: int, offset: int, length: int, sparse: int, pace: _Pace) -> tuple[int, int]:
+    """(bytes moved, how many of them were zeros and not written)."""
+    if not isinstance(handle.data, NativeImage):
+        data = os.pread(fd, length, offset)
+        put(handle, offset, data, sparse, zeroes=False)
+        return len(data), 0
+    moved, left_out, _ = handle.data.pump(
+        fd,
+        offset,
+        length,
+        into_image=True,
+        position=offset,
+        step=_step(pace, sparse),
+        threads=pace.threads,
+        grain=sparse,
+        chunk=handle.header.layout.object_size,
+    )
+    return moved, left_out
 
 
 def _step(pace: _Pace, sparse: int) -> int:
@@ -222,7 +307,7 @@ def import_pipe(handle: ImageHandle, source: BinaryIO, sparse: int = SPARSE) -> 
             resize(handle, max(offset + AT_ONCE, handle.header.size * 2))
             continue
         if isinstance(handle.data, NativeImage):
-            moved, ended = handle.data.pump(
+            moved, _, ended = handle.data.pump(
                 fd,
                 offset,
                 min(room, AT_ONCE),

@@ -359,6 +359,11 @@ class NativeData:
     # Begins to bring what was written to the disk, so that the next flush has less to wait for. None: the data is not
     # in files of this machine.
     write_back: Callable[[], None] | None = field(repr=False, default=None)
+    # For much data at once: large writes past the page cache, on or off; room for objects (number, count), and back
+    # what was not written of it.
+    bulk: Callable[[bool], None] = field(repr=False, default=lambda on: None)
+    reserve: Callable[[int, int], None] | None = field(repr=False, default=None)
+    give_back: Callable[[int, int], None] = field(repr=False, default=lambda objno, count: None)
 
 
 class ObjectContext(ABC):

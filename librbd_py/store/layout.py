@@ -136,6 +136,18 @@ class Layout:
         """Begins to write HEAD to the disk; promises nothing."""
         lib.rbdn_layout_write_back(self.handle)
 
+    def bulk(self, on: bool) -> None:
+        """Whether large writes go past the page cache where they can."""
+        check(lib.rbdn_layout_past_cache(self.handle, on), "writes past the page cache")
+
+    def reserve(self, objno: int, count: int) -> None:
+        """Takes room on the disk for objects that will be written soon and whole. ENOSPC, EOPNOTSUPP: not to be had."""
+        check(lib.rbdn_layout_reserve(self.handle, objno, count), "room for objects")
+
+    def give_back(self, objno: int, count: int) -> None:
+        """Of that room, what nobody wrote."""
+        check(lib.rbdn_layout_give_back(self.handle, objno, count), "room for objects")
+
     def disown(self) -> None:
         check(lib.rbdn_layout_disown(self.handle), "give the data lock back")
 

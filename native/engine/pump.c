@@ -20,9 +20,9 @@
 struct pump {
     struct image *image;
     const rbdn_pump *what;
-    pthread_mutex_t lock; /* guards next, moved, result, end; held while a pipe is read, which keeps its order */
+    pthread_mutex_t lock; /* guards next, moved, left_out, result, end; held while a pipe is read, which keeps its order */
     uint64_t next;        /* bytes given out */
-    uint64_t moved;
+    uint64_t moved, left_out;
     int result;
     int end; /* 1: the file ended; 2: the pipe has nothing just now */
 };
@@ -115,7 +115,7 @@ static int64_t pipe_in(int fd, char *buf, uint64_t len, int *end)
 }
 
 /* One piece's bytes that are not zeros of `grain` bytes, aligned in their chunk of the image. */
-static int put_runs(struct pump *p, char *buf, uint64_t at, uint64_t len)
+static int put_runs(struct pump *p, char *buf, uint64_t at, uint64_t len, uint64_t *left_out)
 {
     const rbdn_pump *w = p->what;
     uint64_t grain = w->grain, begin = 0;
@@ -136,6 +136,7 @@ static int put_runs(struct pump *p, char *buf, uint64_t at, uint64_t len)
                       : file_out(w->fd, buf + begin, stop - begin, w->pos + at + begin);
         if (r < 0)
             return r;
+        *left_out += skip ? n : 0;
         pos += n;
         begin = pos;
     }
@@ -170,7 +171,7 @@ static void *pump_main(void *arg)
     struct pump *p = arg;
     const rbdn_pump *w = p->what;
     char *buf = NULL;
-    uint64_t at, len;
+    uint64_t at, len, left_out = 0;
     int r = posix_memalign((void **)&buf, 4096, w->step) ? -ENOMEM : 0;
     while (r == 0 && take(p, buf, &at, &len)) {
         int64_t n = (int64_t)len;
@@ -181,7 +182,7 @@ static void *pump_main(void *arg)
         if (n < 0)
             r = (int)n;
         if (r == 0)
-            r = put_runs(p, buf, at, (uint64_t)n);
+            r = put_runs(p, buf, at, (uint64_t)n, &left_out);
         pthread_mutex_lock(&p->lock);
         if (r == 0)
             p->moved += (uint64_t)n;
@@ -191,13 +192,14 @@ static void *pump_main(void *arg)
     }
     free(buf);
     pthread_mutex_lock(&p->lock);
+    p->left_out += left_out;
     if (r < 0 && !p->result)
         p->result = r;
     pthread_mutex_unlock(&p->lock);
     return NULL;
 }
 
-int64_t rbdn_image_pump(rbdn_image *i, const rbdn_pump *what, int *end)
+int64_t rbdn_image_pump(rbdn_image *i, const rbdn_pump *what, rbdn_pumped *out)
 {
     if (!what->step || what->step > STEP_MAX || !what->threads || !what->chunk || what->threads > THREADS_MAX ||
         (what->stream && !what->in))
@@ -211,6 +213,6 @@ int64_t rbdn_image_pump(rbdn_image *i, const rbdn_pump *what, int *end)
     pump_main(&p);
     for (uint32_t n = 0; n < count; n++)
         pthread_join(threads[n], NULL);
-    *end = p.end == 1;
+    *out = (rbdn_pumped){p.left_out, p.end == 1};
     return p.result ? p.result : (int64_t)p.moved;
 }

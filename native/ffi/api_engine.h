@@ -68,7 +68,7 @@ int rbdn_aio_reap(rbdn_completion *out, int max); /* never blocks */
 /* Moves bytes between an image and a file without Python. `in`: from the file into the image. Zeros of `grain` bytes,
  * aligned in their `chunk` of the image, are not written (0: all is). `stream`: the file is a pipe and is read in order; only with `in`.
  * Returns bytes moved, holes included, or -errno, and then what is where it should be is not known. Fewer than `len`:
- * the file ended (*end is 1), or the pipe brought nothing for 200 ms (call again from there). Blocks; any thread. */
+ * the file ended (`ended`), or the pipe brought nothing for 200 ms (call again from there). Blocks; any thread. */
 typedef struct {
     int fd;
     int in, stream;
@@ -78,7 +78,8 @@ typedef struct {
     uint32_t threads;   /* <= 64, the caller's included */
     uint32_t grain, chunk; /* bytes */
 } rbdn_pump;
-int64_t rbdn_image_pump(rbdn_image *i, const rbdn_pump *what, int *end);
+typedef struct { uint64_t left_out; int ended; } rbdn_pumped; /* left_out: bytes of zeros that were not written */
+int64_t rbdn_image_pump(rbdn_image *i, const rbdn_pump *what, rbdn_pumped *out);
 
 /* Allocation: rows of (length, flags: 1 hole, 2 zero), in order from off; returns rows filled. */
 typedef struct { uint64_t len; uint32_t flags; } rbdn_run;

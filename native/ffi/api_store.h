@@ -57,6 +57,16 @@ int rbdn_layout_disown(rbdn_store *s);
 /* Begins to write HEAD's data to the disk, so that the next flush has less to wait for. Waits for nothing but room in the
  * device's queue, promises nothing. */
 void rbdn_layout_write_back(rbdn_store *s);
+/* Many bytes at once (layout_bulk.c). on: large writes of this handle go past the page cache where that is possible; other
+ * handles of the process that share the layout do the same meanwhile. */
+int rbdn_layout_past_cache(rbdn_store *s, int on);
+/* Room on the disk for objects objno.. that will be written soon and whole, and back what nobody wrote. -ENOSPC,
+ * -EOPNOTSUPP: nothing is wrong, writes will say. */
+int rbdn_layout_reserve(rbdn_store *s, uint64_t objno, uint64_t count);
+int rbdn_layout_give_back(rbdn_store *s, uint64_t objno, uint64_t count);
+/* The same for bytes of any file, which nobody else writes meanwhile; it becomes as long as the room. */
+int rbdn_file_reserve(int fd, uint64_t pos, uint64_t len);
+int rbdn_file_give_back(int fd, uint64_t pos, uint64_t len);
 /* Verify offline: one line per finding in `text` (each ends in a newline, all in one NUL; what does not fit is left
  * out); returns the number of findings. */
 int rbdn_layout_check(rbdn_store *s, char *text, size_t size);

@@ -98,6 +98,7 @@ struct rounds {
 
 struct head {
     _Atomic int fd_plus1;  /* 0: not open */
+    _Atomic int direct_plus1; /* with O_DIRECT; 0: not open */
     _Atomic bool dirty;    /* written since the last fdatasync began; set after the write */
 };
 
@@ -116,6 +117,7 @@ struct layout {
     _Atomic bool ready;      /* the dirty mark is durable and no sync has failed: changes may go ahead */
     _Atomic bool failed;     /* an fdatasync failed: no write or flush succeeds any more */
     _Atomic bool index_dirty;/* like head.dirty */
+    _Atomic bool past_cache; /* writes go past the page cache where they can */
     _Atomic bool untidy;     /* a stray object could not be cleared: not to be closed as clean */
     pthread_mutex_t lock;
     struct rounds data_sync, flush;
@@ -183,6 +185,11 @@ void window_saw(struct layout *, uint32_t seg, int fd, uint64_t pos, uint64_t le
 void window_wrote(struct layout *, uint32_t seg, int fd, uint64_t pos, uint64_t len);
 void windows_synced(struct layout *);
 void windows_free(struct layout *);
+
+/* --- layout_bulk.c */
+
+/* true: done. false: go through the page cache, which also says what is wrong. head_open() came before. */
+bool direct_write(struct layout *, uint32_t seg, const struct store_op *, uint64_t pos);
 
 /* --- layout_index.c */
 

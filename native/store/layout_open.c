@@ -91,6 +91,8 @@ static void destroy(struct layout *l)
         int fd = atomic_load(&l->heads[i].fd_plus1) - 1;
         if (fd >= 0)
             close(fd);
+        if (atomic_load(&l->heads[i].direct_plus1))
+            close(atomic_load(&l->heads[i].direct_plus1) - 1);
     }
     if (l->index >= 0)
         close(l->index);

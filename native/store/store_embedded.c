@@ -60,7 +60,9 @@ static int write_data(struct layout *l, const struct store_op *op)
         return fd;
     uint64_t pos = layout_pos(l, op->objno) + op->off;
     int r = 0;
-    if (!window_write(l, seg, op, pos)) {
+    bool direct = __builtin_expect(atomic_load_explicit(&l->past_cache, memory_order_relaxed), 0) &&
+                  !(op->flags & STORE_NOWAIT) && direct_write(l, seg, op, pos);
+    if (!direct && !window_write(l, seg, op, pos)) {
         r = file_write(fd, op->iov, op->iovcnt, op->len, pos);
         if (r == 0)
             window_wrote(l, seg, fd, pos, op->len);

@@ -236,7 +236,17 @@ class EmbeddedContext(api.ObjectContext):
                 released.set()
                 layout.release()
 
-        return NativeData(layout.handle, True, close, layout.own, layout.disown, layout.write_back)
+        return NativeData(
+            layout.handle,
+            True,
+            close,
+            layout.own,
+            layout.disown,
+            layout.write_back,
+            layout.bulk,
+            layout.reserve,
+            layout.give_back,
+        )
 
     def _register(self, prefix: str, order: int) -> LayoutRow:
         """For data objects without `rbd.create`: a pool that is being restored, or no image at all (tests)."""
