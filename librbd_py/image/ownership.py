@@ -106,14 +106,14 @@ class Ownership:
         return text[self.outcome]
 
 
-def look(handle: ImageHandle) -> Ownership:
-    """Everything there is to know, also through a read-only handle. Takes ASK_MS when a watcher does not answer.
+def look(handle: ImageHandle, ask_ms: int = ASK_MS) -> Ownership:
+    """Everything there is to know, also through a read-only handle. Takes `ask_ms` when a watcher does not answer.
     ENOENT: the image is gone."""
     state = fl.LockState.decode(
         handle.ctx.exec(handle.oid, "lock", "get_info", fl.InfoRequest(fl.RBD_LOCK_NAME).encode())
     )
     rows: list[WatcherInfo] = handle.ctx.read(handle.oid, [ListWatchers()])[0]
-    answers = _ask(handle) if rows else {}
+    answers = _ask(handle, ask_ms) if rows else {}
     found = {(row.cookie, row.address): _watching(handle, row, answers) for row in rows}
     if not state.lockers:
         used = handle.header.has(ft.EXCLUSIVE_LOCK)
@@ -153,8 +153,8 @@ def _outcome(owner: Owner) -> Outcome:
     return Outcome.ASKED
 
 
-def _ask(handle: ImageHandle) -> dict[tuple[int, int], bytes]:
-    reply = handle.ctx.notify(handle.oid, nf.encode(nf.WhoAreYou(handle.store.client.gid)), ASK_MS)
+def _ask(handle: ImageHandle, ask_ms: int) -> dict[tuple[int, int], bytes]:
+    reply = handle.ctx.notify(handle.oid, nf.encode(nf.WhoAreYou(handle.store.client.gid)), ask_ms)
     return dict(reply.acks)
 
 

@@ -30,6 +30,7 @@ from qemu_glue.host.access import Allowed, check_reachable
 from qemu_glue.host.attachment import OPEN_SECONDS, Attachment
 from qemu_glue.host.deaf import wake
 from qemu_glue.host.endpoint import Endpoint
+from qemu_glue.host.in_use import in_use
 from qemu_glue.host.names import image_socket
 from qemu_glue.host.peer import Peer, vms_running
 from qemu_glue.host.resume import resume
@@ -42,6 +43,7 @@ from qemu_glue.state import Journal
 PREPARE_SECONDS = 4.0  # the hook waits 5
 SWEEP_SECONDS = 30.0  # between looks for VMs that are gone without a word
 GRACE_SECONDS = 120.0  # from `prepare` until there must be a QEMU
+ANNOUNCED_SECONDS = 60.0  # from a migration's announcement to its `prepare`, which libvirt calls next
 LATE_MAX = 16  # looks at images that were given up and hang on, each with a thread
 VMS_MAX = 4096
 ATTACHMENTS_MAX = 8  # processes that have one disk open: two hosts on one machine in a migration, a backup, ...
@@ -85,6 +87,7 @@ class HostService:
     ) -> None:
         self.vms: dict[str, VM] = {}
         self.images: dict[str, Endpoint] = {}  # image sockets by path
+        self._announced: dict[str, float] = {}  # VMs whose migration was announced -> until when that is believed
         self._asked_for: set[str] = set()  # those that rbd-image-socket made; the others come and go with the images
         self.attachments: dict[tuple[str, int], Attachment] = {}  # by path and pid
         self.connections = 0
@@ -108,6 +111,7 @@ class HostService:
 
     def handlers(self) -> dict[str, Callable[[dict[str, Any]], Coroutine[Any, Any, Any]]]:
         return {
+            "rbd-vm-incoming": self.vm_incoming,
             "rbd-vm-prepare": self.vm_prepare,
             "rbd-vm-started": self.vm_started,
             "rbd-vm-stopped": self.vm_stopped,
@@ -120,19 +124,32 @@ class HostService:
 
     # --- verbs
 
+    async def vm_incoming(self, arguments: dict[str, Any]) -> None:
+        """The `prepare` that follows is for a VM that comes by a migration and runs elsewhere until then."""
+        uuid = shapes.uuid_in(check(arguments, shapes.VM)["uuid"])
+        now = self._loop.time()
+        self._announced = {known: until for known, until in self._announced.items() if until > now}
+        if len(self._announced) >= VMS_MAX:
+            raise QMPError(f"{VMS_MAX} VMs are announced already")
+        self._announced[uuid] = now + ANNOUNCED_SECONDS
+
     async def vm_prepare(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Answers when every disk's image can be read and every socket listens where QEMU's user reaches it."""
+        """Answers when every disk's image can be read and every socket listens where QEMU's user reaches it. A VM that
+        does not come by a migration is refused what another VM has in use."""
         said = check(arguments, shapes.PREPARE)
         uuid, disks = shapes.uuid_in(said["uuid"]), shapes.disks_in(said["disks"])
         paths = shapes.paths_in(said["sockets"])
-        await self._look_at(disks)  # before the lock: a store that hangs keeps no other VM waiting
+        announced = self._announced.pop(uuid, 0.0) > self._loop.time()
+        incoming = said["incoming"] or announced or self._still_comes(self.vms.get(uuid))
+        # Before the lock: a store that hangs keeps no other VM waiting.
+        await self._look_at(disks, None if incoming else uuid)
         async with self._lock:
             if uuid not in self.vms and len(self.vms) >= VMS_MAX:
                 raise QMPError(f"{VMS_MAX} VMs are known already")
             for path in paths:
                 if path not in self.images:
                     raise QMPError(f"{path} is no socket of an image that is there")
-            vm = self._listen(uuid, said["name"], disks, said["incoming"])
+            vm = self._listen(uuid, said["name"], disks, incoming)
             try:
                 await self._remember(vm)
             except OSError:
@@ -299,12 +316,12 @@ class HostService:
 
     # --- images
 
-    async def _look_at(self, disks: Iterable[ServedDisk]) -> None:
-        """Every image is there and can be read: a refusal now is a sentence, one when QEMU connects would make it try
-        for ever. QMPError."""
+    async def _look_at(self, disks: Iterable[ServedDisk], starts: str | None = None) -> None:
+        """Every image is there and can be read, and no other VM uses it when VM `starts` is to start: a refusal now is
+        a sentence, one when QEMU connects would make it try for ever. QMPError."""
         if len(self._late) >= LATE_MAX:
             raise QMPError(f"the store does not answer: {len(self._late)} looks at images are not done yet")
-        looks = {disk.target: asyncio.create_task(asyncio.to_thread(self._look, disk)) for disk in disks}
+        looks = {disk.target: asyncio.create_task(asyncio.to_thread(self._look, disk, starts)) for disk in disks}
         if not looks:
             return
         _, waiting = await asyncio.wait(looks.values(), timeout=PREPARE_SECONDS)
@@ -328,16 +345,22 @@ class HostService:
         if not task.cancelled():
             task.exception()
 
-    def _look(self, disk: ServedDisk) -> None:
+    def _look(self, disk: ServedDisk, starts: str | None) -> None:
         url = disk.store or self.store_url
         store = STORES.take(url)
         try:
             context = store.open(disk.pool, disk.namespace)
-            ImageHandle.open(context, disk.image, snapshot=disk.snapshot or None, read_only=True).close()
+            snapshot = disk.snapshot or None
+            with ImageHandle.open(context, disk.image, snapshot=snapshot, read_only=True) as handle:
+                writes = starts is not None and snapshot is None and not disk.read_only
+                used = in_use(handle, starts) if writes and starts is not None else None
+            if used is not None:
+                raise OSError(errno.EBUSY, used)
         except OSError as error:
             if error.errno == errno.ESHUTDOWN:
                 STORES.shut_out(store)
-            raise OSError(error.errno, f"image {disk.spec}: {error.strerror or error}") from None
+            colon = "" if error.errno == errno.EBUSY else ":"
+            raise OSError(error.errno, f"image {disk.spec}{colon} {error.strerror or error}") from None
         finally:
             STORES.give_back(url, store)
 

@@ -82,7 +82,7 @@ def hook_program(python: str, place: str) -> str:
     first = f"#!{python} -IS\n"
     if len(os.fsencode(first)) <= INTERPRETER_MAX and " " not in python:
         return f"{first}# {MARK}\n{work}"
-    return f"#!/bin/sh\n# {MARK}\nexec {shlex.quote(python)} -IS -c {shlex.quote(work)} \"$@\"\n"
+    return f'#!/bin/sh\n# {MARK}\nexec {shlex.quote(python)} -IS -c {shlex.quote(work)} "$@"\n'
 
 
 def set_up(config: Config, say: Say, *, dry_run: bool = False, prefix: str = "") -> None:

@@ -28,6 +28,7 @@ SECONDS = 5.0  # for the service to answer
 HARD_SECONDS = 20.0  # whatever happens, this program ends
 REFUSES = "prepare"
 VERBS = {
+    "migrate": "rbd-vm-incoming",  # on the destination, just before `prepare`
     "prepare": "rbd-vm-prepare",
     "started": "rbd-vm-started",
     "stopped": "rbd-vm-stopped",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from uuid import uuid4
 
 import pytest
 
-from tests.libvirt.hosts import HostError, wait_for
+from tests.libvirt.domains import Domain
+from tests.libvirt.hosts import Host, HostError, wait_for
 from tests.libvirt.world import World
 
 SIDES = [
@@ -16,6 +22,7 @@ SIDES = [
     pytest.param("vhost-user", "ceph", id="vhost-user on Ceph"),
     pytest.param("nbd", "ceph", id="nbd on Ceph"),
 ]
+HOOK_SECONDS = 10.0  # promised: 5; the machine may be busy
 GONE_SECONDS = 2.0  # promised: 1; virsh and looking take a while, too
 
 
@@ -72,6 +79,80 @@ def test_save_and_restore(world: World) -> None:
     wait_for(lambda: not domain.hosts_that_watch(), "the watch to go")
     world.alpha.virsh("start", domain.name)
     world.check(domain, world.alpha)
+
+
+def start_refused(host: Host, name: str, why: str) -> None:
+    begin = time.monotonic()
+    with pytest.raises(HostError, match=why):
+        host.virsh("start", name)
+    assert time.monotonic() - begin < HOOK_SECONDS
+
+
+@contextmanager
+def twin_of(domain: Domain, hosts: tuple[Host, ...]) -> Iterator[Domain]:
+    """Another VM with the same disk, defined on the hosts."""
+    twin = copy(domain)
+    twin.name, twin.uuid = f"{domain.name}-twin", str(uuid4())
+    twin.console_file = domain.folder / f"{twin.name}.console"
+    for host in hosts:
+        twin.define(host)
+    try:
+        yield twin
+    finally:
+        for host in hosts:
+            host.virsh("undefine", twin.name)
+
+
+@pytest.mark.parametrize(("transport", "store"), [SIDES[0], SIDES[3]])
+def test_a_vm_that_runs_elsewhere_does_not_start(world: World, transport: str, store: str) -> None:
+    """Nor does another VM with its disk. The one that runs sees nothing of it, and migrates as ever; once it has ended,
+    it starts at once."""
+    domain = world.running(transport, store)
+    domain.define(world.beta)
+    start_refused(world.beta, domain.name, f"image rbd/{domain.images[0]} is in use by this very VM on host alpha")
+    with twin_of(domain, world.hosts) as twin:
+        start_refused(world.beta, twin.name, f"in use by VM {domain.name} .* on host alpha .* which owns its lock")
+        start_refused(world.alpha, twin.name, f"in use by VM {domain.name} .* on this host")
+        world.check(domain, world.alpha)
+        world.migrate(domain, world.alpha, world.beta)
+        world.check(domain, world.beta)
+        at = len(domain.console)
+        world.beta.virsh("suspend", domain.name)
+        start_refused(world.alpha, twin.name, "on host beta")  # it stands still and is a VM all the same
+    ended = domain.judge()
+    assert ended.right, str(ended)
+    world.beta.virsh("destroy", domain.name)
+    domain.define(world.alpha)
+    world.alpha.virsh("start", domain.name)
+    domain.wait_for_console("GUEST-UP", at)
+    world.check(domain, world.alpha)
+    saved = world.alpha.folder / "twice"
+    world.alpha.virsh("save", domain.name, saved)
+    world.alpha.virsh("restore", saved)
+    world.check(domain, world.alpha)
+
+
+@pytest.mark.parametrize("store", ["embedded", "ceph"])
+def test_a_host_that_crashed_keeps_no_vm_from_starting(world: World, store: str) -> None:
+    """Its watch has not run out: the VM starts, and its first write waits until the dead one is fenced."""
+    domain = world.running("vhost-user", store)
+    domain.define(world.beta)
+    at = len(domain.console)
+    pid = world.alpha.pid_of(domain.name)
+    assert pid is not None
+    world.alpha.service.send_signal(signal.SIGSTOP)  # it is silent, and its kernel answers
+    os.kill(pid, signal.SIGKILL)
+    world.beta.virsh("start", domain.name)
+    domain.wait_for_console("GUEST-UP", at)
+    domain.wait_for_progress()
+    assert domain.holder() == "beta"
+    world.alpha.service.send_signal(signal.SIGCONT)
+    world.alpha.kill_service()
+    world.alpha.start_service()
+    world.check(domain, world.beta)
+    world.beta.virsh("suspend", domain.name)
+    verdict = domain.judge()
+    assert verdict.right, str(verdict)
 
 
 def test_reset_boots_again(world: World) -> None:

@@ -22,7 +22,8 @@ from qemu_glue.libvirt import domain, hook
 
 UUID = "11111111-2222-4333-8444-555555555555"
 OPERATIONS = ("prepare", "start", "started", "stopped", "release", "reconnect", "migrate", "restore", "future", "")
-TOLD = ("prepare", "started", "stopped", "release", "reconnect")  # what the service hears of
+TOLD = {operation: operation for operation in ("prepare", "started", "stopped", "release", "reconnect")}
+TOLD["migrate"] = "incoming"  # what the service hears of
 STATES = ("up", "down", "hung", "slow", "refusing", "silent-end", "nonsense")
 PATIENCE = 0.4  # seconds the hook waits for the service here; 5 in life
 
@@ -162,7 +163,7 @@ def test_our_domain(
     assert code == (1 if refused else 0)
     assert took < 10 * PATIENCE
     if operation in TOLD and state in ("up", "slow", "refusing"):
-        assert [name for name, _ in world.heard] == [f"rbd-vm-{operation}"]
+        assert [name for name, _ in world.heard] == [f"rbd-vm-{TOLD[operation]}"]
         assert world.heard[0][1]["uuid"] == UUID
     else:
         assert world.heard == []
