@@ -7,7 +7,6 @@ machines answer with operations, which run on the process's control pool. The di
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import threading
 from collections import deque
@@ -27,6 +26,7 @@ from librbd_py.control.who import Diary
 from librbd_py.format import notify as nf
 from librbd_py.format.encoding import DecodeError
 from librbd_py.format.lock import Offer, parse_auto_cookie
+from librbd_py.format.logs import INFO, WARNING, logger
 from librbd_py.store.api import ObjectContext, Watch
 
 NOTIFY_MS = 5000  # how long a notify waits for a silent watcher
@@ -34,7 +34,7 @@ Policy = Literal["automatic", "exclusive"]
 
 Job = Callable[[], "list[Job]"]  # blocks; returns what to run next
 
-log = logging.getLogger("librbd_py.control")
+log = logger("librbd_py.control")
 
 
 class ControlCallbacks(Protocol):
@@ -546,7 +546,7 @@ class HeaderControl:
                 self.ctx.notify(self.header_oid, wire.released_lock(self._gid, handle), NOTIFY_MS)
             except OSError as problem:
                 log.log(
-                    logging.INFO if problem.errno == errno.ENOENT else logging.WARNING,
+                    INFO if problem.errno == errno.ENOENT else WARNING,
                     "%s: the lock %s is left behind: %s",
                     self.header_oid,
                     cookie,

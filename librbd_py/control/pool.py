@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import logging
 import os
 import threading
 import time
@@ -19,12 +18,14 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+from librbd_py.format.logs import logger
+
 USUAL_THREADS = 8
 MOST_THREADS = 1024
 IDLE_SECONDS = 5.0
 STALL_SECONDS = 0.05  # how long work waits before a thread beyond the usual number starts
 
-log = logging.getLogger("librbd_py.control")
+log = logger("librbd_py.control")
 Job = Callable[[], None]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 
 from librbd_py.format.values import dataclass, field
@@ -71,6 +70,8 @@ class EntityAddress:
         match = re.fullmatch(r"(?:(v1|v2|any):)?(?:\[([^\]]+)\]|([^:/\[\]]+)):([0-9]{1,5})/([0-9]{1,10})", text)
         if match is None:
             raise ValueError(f"{text!r} is not an address like 127.0.0.1:0/123")
+        import ipaddress  # here: it takes as long as the rest of the format together
+
         address = ipaddress.ip_address(match[2] or match[3])
         port, nonce = int(match[4]), int(match[5])
         if port > 0xFFFF or nonce > 0xFFFFFFFF:
@@ -82,8 +83,10 @@ class EntityAddress:
     @property
     def text(self) -> str:
         if self.family == _AF_INET:
-            return f"{ipaddress.IPv4Address(self.host)}:{self.port}/{self.nonce}"
+            return f"{'.'.join(map(str, self.host))}:{self.port}/{self.nonce}"
         if self.family == _AF_INET6:
+            import ipaddress
+
             return f"[{ipaddress.IPv6Address(self.host)}]:{self.port}/{self.nonce}"
         return f":/{self.nonce}"
 

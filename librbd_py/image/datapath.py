@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import errno
 import itertools
-import logging
 import os
 import select
 import threading
@@ -18,6 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+from librbd_py.format.logs import logger
 from librbd_py.format.values import dataclass
 from librbd_py.native import check, ffi, lib
 
@@ -209,7 +209,7 @@ class Reaper:
 REAPER = Reaper()
 _IDS = itertools.count(1)
 FETCHERS = 4  # objects that are brought at once, of all images
-log = logging.getLogger("librbd_py.image")
+log = logger("librbd_py.image")
 
 
 def _happened(image: weakref.ref[NativeImage], lock_needed: Callable[[], None], kind: int, value: int) -> None:

@@ -5,12 +5,12 @@ Handlers must not block: whoever has work to do hands it on.
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import threading
 from collections.abc import Callable
 
+from librbd_py.format.logs import logger
 from librbd_py.native import check, ffi, lib
 
 LOCK_NEEDED = 1
@@ -29,7 +29,7 @@ OF_IMAGES = (LOCK_NEEDED, IO_ERROR, READ_ERROR, OBJECT_WANTED)
 
 Handler = Callable[[int, int], None]  # (event type, value)
 
-log = logging.getLogger("librbd_py.events")
+log = logger("librbd_py.events")
 
 
 class Dispatcher:

@@ -9,13 +9,13 @@ itself waiting for the lock.
 from __future__ import annotations
 
 import errno
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from librbd_py.control.driver import HeaderControl
 from librbd_py.format import features as ft
 from librbd_py.format import notify as nf
+from librbd_py.format.logs import logger
 from librbd_py.store.api import NOSNAP, ObjectContext
 
 from .datapath import NativeImage
@@ -28,7 +28,7 @@ from .quiesce import QuiesceWatchers
 
 __all__ = ["ImageHandle", "announce", "name_by_id"]
 
-log = logging.getLogger("librbd_py.image")
+log = logger("librbd_py.image")
 
 
 class ImageHandle(HandleMoves):

@@ -7,7 +7,6 @@ is itself waiting for the lock.
 from __future__ import annotations
 
 import errno
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,6 +16,7 @@ from librbd_py.control import wire
 from librbd_py.control.driver import HeaderControl
 from librbd_py.control.pool import control_pool
 from librbd_py.format import features as ft
+from librbd_py.format.logs import INFO, WARNING, logger
 from librbd_py.format.values import replace
 from librbd_py.native import check, lib
 from librbd_py.store.api import NOSNAP, ObjectContext
@@ -31,7 +31,7 @@ OWN_SECONDS = 30.0  # how long a new lock owner waits for the last write of the 
 REFUSE_AGAIN_SECONDS = 1.0  # when ending the requests that wait for a lock failed
 NOTIFY_MS = 5000
 
-log = logging.getLogger("librbd_py.image")
+log = logger("librbd_py.image")
 
 
 class HandleLock(HandleMap):
@@ -89,7 +89,7 @@ class HandleLock(HandleMap):
         failure = answer.exception()
         if failure is not None and not (self.control is not None and self.control.moving):
             ends = getattr(failure, "errno", 0) == errno.ESHUTDOWN  # `lost` or `close` ends them with that
-            level = logging.INFO if ends else logging.WARNING
+            level = INFO if ends else WARNING
             log.log(level, "image %s: the exclusive lock cannot be had: %s", self.id, failure)
             if not ends:
                 control_pool().submit(self._refuse_waiting)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-
 from librbd_py.format import features as ft
+from librbd_py.format.logs import logger
 from librbd_py.store.api import NOSNAP
 
 from . import object_map
@@ -14,7 +13,7 @@ from .header import Header
 from .plain import HeadMap, PlainData
 from .view import NO_MAP, ObjectMapKeeper
 
-log = logging.getLogger("librbd_py.image")
+log = logger("librbd_py.image")
 
 
 class HandleMap(HandleView):

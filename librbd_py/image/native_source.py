@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from librbd_py import store as stores
 from librbd_py.format import header as fh
-from librbd_py.source import DATA, ZERO, Extent, Source, SourceSnapshot, open_source
+from librbd_py.source import DATA, ZERO, Extent, Source, SourceSnapshot
 from librbd_py.source.checks import before, readable, size_at, within
 from librbd_py.source.spec_values import optional_text, text
 from librbd_py.store.api import NOSNAP, ObjectContext, Store
@@ -27,6 +27,8 @@ SECRET = "config://"
 def open_any(spec: Mapping[str, Any], store: Store, *, import_only: bool = True) -> Source:
     """A source of any format, `native` included: `store` is where pools of a native spec without a "store" are, and
     whose monitors keep what `config://` keys stand for. What `open_source` and `NativeSource.of` raise."""
+    from librbd_py.source import open_source  # here: it brings every format and stream
+
     return open_source(
         spec,
         native=lambda each: NativeSource.of(each, store, import_only=import_only),

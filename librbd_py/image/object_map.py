@@ -8,10 +8,10 @@ single objects; creating, resizing and copying maps is done here for all stores.
 from __future__ import annotations
 
 import errno
-import logging
 
 from librbd_py.format import lock as fl
 from librbd_py.format import object_map as fm
+from librbd_py.format.logs import logger
 from librbd_py.format.object_map import NONEXISTENT
 from librbd_py.store.api import NOSNAP, Exec, ObjectContext, Op, Read, WriteFull
 
@@ -22,7 +22,7 @@ from .objects import ignoring, remove
 
 ATTEMPTS = 8  # at the lock of a map whose stale owners are being broken
 
-log = logging.getLogger("librbd_py.image")
+log = logger("librbd_py.image")
 
 
 def load(ctx: ObjectContext, image_id: str, snap_id: int = NOSNAP) -> bytearray:

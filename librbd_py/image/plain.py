@@ -8,12 +8,12 @@ engine, said again. tests/conformance and tests/fault/random_ops.py run the same
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from librbd_py.format.logs import logger
 from librbd_py.format.object_map import EXISTS, EXISTS_CLEAN, NONEXISTENT, PENDING
 from librbd_py.store.api import (
     NO_SNAPS,
@@ -35,7 +35,7 @@ from .header import map_oid
 from .objects import exists
 from .view import NO_MAP, WRITES, ObjectMapKeeper, ViewSpec
 
-log = logging.getLogger("librbd_py.image")
+log = logger("librbd_py.image")
 
 
 class PlainData:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import logging
 import os
 import queue
 import threading
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from librbd_py.format import notify as nf
+from librbd_py.format.logs import logger
 from librbd_py.format.notify import AsyncRequestId, ClientId
 
 from .progress import Progress
@@ -40,7 +40,7 @@ Ask = Callable[[AsyncRequestId], nf.Message]
 Reply = Callable[[int | None], None]
 Operation = Callable[["ImageHandle", Any, Progress], object]
 
-log = logging.getLogger("librbd_py.image")
+log = logger("librbd_py.image")
 
 
 class Restart(Exception):

@@ -7,7 +7,6 @@ on (Unquiesce). A watcher that hears nothing more for TIMEOUT_SECONDS goes on by
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from librbd_py.control.pool import Timer, control_pool
 from librbd_py.control.wire import result_of
 from librbd_py.format import notify as nf
+from librbd_py.format.logs import logger
 from librbd_py.format.notify import AsyncRequestId, ClientId
 
 from .objects import ignoring
@@ -35,7 +35,7 @@ IGNORE_QUIESCE_ERROR = nf.SNAP_IGNORE_QUIESCE_ERROR
 Reply = Callable[[int | None], None]
 Hook = Callable[[], object]  # raises OSError: it cannot
 
-log = logging.getLogger("librbd_py.image")
+log = logger("librbd_py.image")
 
 
 class QuiesceWatchers:

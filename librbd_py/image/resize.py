@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from dataclasses import replace
 
 from librbd_py.format import features as ft
 from librbd_py.format import notify as nf
 from librbd_py.format.header import MIGRATION_KEY
 from librbd_py.format.object_map import NONEXISTENT
+from librbd_py.format.values import replace
 from librbd_py.store.api import NOSNAP, OmapCmp, OmapSet, Op, Remove, Truncate
 
 from . import cls, object_map

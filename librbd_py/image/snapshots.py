@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import logging
 
 from librbd_py.format import features as ft
 from librbd_py.format import header as fh
 from librbd_py.format import names
 from librbd_py.format import notify as nf
 from librbd_py.format.header import ChildImageSpec, ParentImageSpec
+from librbd_py.format.logs import logger
 from librbd_py.format.object_map import EXISTS, NONEXISTENT
 from librbd_py.store.api import NOSNAP, ObjectContext, Rollback
 
@@ -28,7 +28,7 @@ COPY = 4 << 20  # bytes read and written at once
 UNLIMITED = (1 << 64) - 1
 ATTEMPTS = 16  # of a creation that lost the race for its id
 
-log = logging.getLogger("librbd_py.image")
+log = logger("librbd_py.image")
 
 
 def find(header: Header, name: str) -> Snapshot:

@@ -9,7 +9,6 @@ $CEPH_ARGS, and that over the file.
 from __future__ import annotations
 
 import builtins
-import configparser
 import errno
 import json
 import os
@@ -268,6 +267,8 @@ class Rados(Commands, MonitorLogs):
 
         Without a path the usual places are tried; there need be none when the environment names a store.
         """
+        import configparser
+
         self.require_state("configuring", "connected")
         if path is not None and os.path.isdir(path):
             self._folder = path

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import errno
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from librbd_py.format.logs import logger
 from librbd_py.rados.ops import (
     LIBRADOS_OPERATION_NOFLAG,
     AioQueue,
@@ -24,7 +24,7 @@ from librbd_py.rados.ops import (
 if TYPE_CHECKING:
     from librbd_py.rados.ioctx import Ioctx
 
-log = logging.getLogger("librbd_py.rados")
+log = logger("librbd_py.rados")
 _queue = AioQueue()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
 from abc import abstractmethod
@@ -12,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from librbd_py import errors
+from librbd_py.format.logs import logger
 from librbd_py.store.api import Store
 from librbd_py.store.rados import RadosStore
 
@@ -21,7 +21,7 @@ _CODES = {"DBG": "debug", "INF": "info", "SEC": "sec", "WRN": "warn", "ERR": "er
 INTERVAL_SECONDS = 1.0
 ROWS = 200  # of one answer
 
-log = logging.getLogger("librbd_py.rados")
+log = logger("librbd_py.rados")
 
 
 class Entry:

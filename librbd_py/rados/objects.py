@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from librbd_py import errors
 from librbd_py.errors import rados_errors
+from librbd_py.format.logs import logger
 from librbd_py.rados.ops import XattrIterator, raw, text
 from librbd_py.rados.pool_snaps import PoolSnaps
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LIBRADOS_ALL_NSPACES = "\x01"
 WATCH_SECONDS = 30
 
-log = logging.getLogger("librbd_py.rados")
+log = logger("librbd_py.rados")
 
 
 class Watch:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import errno
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from librbd_py import errors
 from librbd_py.control.pool import ControlPool
 from librbd_py.errors import rados_errors
+from librbd_py.format.logs import logger
 from librbd_py.store import api
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ COMPARISONS = {1: "eq", 2: "ne", 3: "gt", 4: "ge", 5: "lt", 6: "le"}
 
 AIO_THREADS = 8
 
-log = logging.getLogger("librbd_py.rados")
+log = logger("librbd_py.rados")
 
 
 def text(value: object, name: str) -> str:

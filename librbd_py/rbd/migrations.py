@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from librbd_py.errors import rbd_errors
-from librbd_py.image.migration import execute, finish, imported, prepare, records
+from librbd_py.image.migration import execute, finish, prepare, records
 
 from .common import OnProgress, context, text
 from .defaults import Defaults
@@ -49,6 +49,8 @@ class Migrations:
     ) -> None:
         """`source_spec`: JSON, as Ceph's; `{"type": "native", "store": URL, ...}` names an image of any store.
         InvalidArgument, ImageExists; what opening the source fails with."""
+        from librbd_py.image.migration import imported
+
         spec, name = text(source_spec, "source_spec"), text(dest_image_name, "dest_image_name")
         chosen = options(order, features, stripe_unit, stripe_count, data_pool)
         with rbd_errors(f"error preparing the import of image {name}"):

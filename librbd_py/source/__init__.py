@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .api import DATA, MAX_READ, ZERO, Extent, Kind, Source, SourceSnapshot
-from .spec import load_spec, open_source, open_stream
+
+if TYPE_CHECKING:
+    from .spec import load_spec, open_source, open_stream
 
 __all__ = [
     "DATA",
@@ -17,3 +21,13 @@ __all__ = [
     "open_source",
     "open_stream",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Formats and streams come, with HTTP and TLS, when something is opened: every command that opens an image may
+    meet one in migration, and few do."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import spec
+
+    return getattr(spec, name)

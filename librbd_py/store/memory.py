@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import logging
 import queue
 import threading
 import time
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from librbd_py.format.lock import EntityAddress
+from librbd_py.format.logs import logger
 
 from . import executor
 from .api import (
@@ -39,7 +39,7 @@ from .api import (
 )
 from .memory_objects import MemoryTransaction, Place, Pool, trim_pool
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 DEFAULT_BLOCKLIST_SECONDS = 3600  # what 0 means
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from librbd_py.format import names
@@ -15,6 +14,7 @@ from librbd_py.format.header import (
     MIGRATION_PREPARING,
     MigrationSpec,
 )
+from librbd_py.format.values import replace
 from librbd_py.source import Source
 from librbd_py.store.api import ObjectContext, Store
 

@@ -15,12 +15,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from librbd_py.format import object_map as fm
-from librbd_py.source import DATA, Source
+from librbd_py.format.values import dataclass
 from librbd_py.store.api import (
     NO_SNAPS,
     NOSNAP,
@@ -44,6 +43,8 @@ from ..transfer_data import change, snap_context
 from ..view import ViewSpec
 
 if TYPE_CHECKING:
+    from librbd_py.source import Source
+
     from ..handle_view import HandleView
 
 KEPT = 4  # objects that a reader of an import keeps
@@ -200,6 +201,8 @@ class ImportHistory(History):
 
     def _versions(self, view: ViewSpec, here: int) -> tuple[object, ...]:
         """Asked in order. A new one wherever the source names a change."""
+        from librbd_py.source import DATA  # here: few images are an import in progress
+
         at = None if here == NOSNAP else here - 1
         size = self.source.size if at is None else self.source.snapshots[at].size
         ranges = view.layout.within(self.objno, 0, view.layout.object_size, min(view.overlap, size))

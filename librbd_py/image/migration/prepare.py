@@ -7,8 +7,6 @@ record, the group, both records say prepared, the clones. Wherever it is cut sho
 from __future__ import annotations
 
 import errno
-import logging
-from dataclasses import replace
 
 from librbd_py.format import features as ft
 from librbd_py.format import header as fh
@@ -21,6 +19,8 @@ from librbd_py.format.header import (
     MIGRATION_SOURCE,
     MigrationSpec,
 )
+from librbd_py.format.logs import logger
+from librbd_py.format.values import replace
 from librbd_py.store.api import NOSNAP, ObjectContext
 
 from .. import cls, snapshots
@@ -35,7 +35,7 @@ from .finish import abort_pair
 from .records import Pair, Side, find, set_record, set_state
 from .relink import move_children, move_group
 
-log = logging.getLogger("librbd_py.image")
+log = logger("librbd_py.image")
 
 
 def prepare(

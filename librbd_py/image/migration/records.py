@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
-from dataclasses import dataclass
 
 from librbd_py.format import header as fh
 from librbd_py.format import trash as ftr
 from librbd_py.format.header import MIGRATION_DESTINATION, MIGRATION_SOURCE, MigrationSpec
+from librbd_py.format.values import dataclass
 from librbd_py.store.api import ObjectContext
 
 from .. import cls

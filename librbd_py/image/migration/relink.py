@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
 
 from librbd_py.format import features as ft
 from librbd_py.format import header as fh
 from librbd_py.format import names
 from librbd_py.format.header import ChildImageSpec, ParentImageSpec
+from librbd_py.format.values import replace
 from librbd_py.store.api import ObjectContext, OmapCmp, OmapGetByKeys, OmapSet
 
 from .. import cls, group

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import uuid
 
 from librbd_py.format import features as bits
 from librbd_py.format import header
@@ -153,9 +152,11 @@ def snapshot_trash_add(context: Context, data: bytes) -> bytes:
         raise OSError(errno.EBUSY, "the snapshot is protected")
     if isinstance(snap.namespace, TrashNamespace):
         raise OSError(errno.EEXIST, "the snapshot is in the trash already")
+    from uuid import uuid4  # here: it brings platform and ctypes
+
     namespace = TrashNamespace(snap.name, snap.namespace.type)
     set_op_features(context, bits.OP_SNAP_TRASH, bits.OP_SNAP_TRASH)
-    write_snap(context, replace(snap, name=str(uuid.uuid4()), namespace=namespace))
+    write_snap(context, replace(snap, name=str(uuid4()), namespace=namespace))
     return b""
 
 

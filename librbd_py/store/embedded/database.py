@@ -7,7 +7,6 @@ this process queue on a mutex, writers of different processes on SQLite's own lo
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import sqlite3
 import threading
@@ -15,8 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from librbd_py.errors import OutcomeUnknown
+from librbd_py.format.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 KEEP = 8  # idle connections that stay open
 BUSY_MS = 5000  # SQLite's own waiting, per try

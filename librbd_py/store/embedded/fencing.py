@@ -8,10 +8,11 @@ reconnect.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import signal
 import time
+
+from librbd_py.format.logs import logger
 
 from .client import Presence
 from .life import Identity, start_of, this_process
@@ -19,7 +20,7 @@ from .life import Identity, start_of, this_process
 KILL_SECONDS = 60.0  # how long a killed process may take to be gone: it may be waiting for a disk
 NAME_SECONDS = 1.0  # how long a client that has just come may take to say who it is
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Victim:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import struct
 import threading
@@ -26,6 +25,7 @@ import time
 import weakref
 from typing import Protocol
 
+from librbd_py.format.logs import logger
 from librbd_py.format.values import dataclass
 
 BEAT = 1.0  # seconds
@@ -38,7 +38,7 @@ _PID_NAMESPACE = (1 << 52, 1 << 40)
 _TIME_NAMESPACE = (1 << 53, 1 << 40)
 _BEAT = (1 << 56, 1 << 55)
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import array
 import errno
-import logging
 import os
 import select
 import socket
@@ -19,12 +18,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from librbd_py.format.logs import logger
+
 from ..api import NotifyCallback, NotifyReply, WatchErrorCallback
 from .client import Presence
 from .messages import MAX_COOKIES, MAX_DATAGRAM, MAX_PAYLOAD, Ack, Fenced, Lost, Message, Notify, decode, encode
 from .registry import Place, Registry
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 RETRY = 0.005  # seconds between tries to put something into a full socket
 LOOK = 0.1  # seconds between looks whether silent watchers are alive, at most

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import sqlite3
 import time
 from collections.abc import Iterable
+
+from librbd_py.format.logs import logger
 
 from ..api import WatcherInfo
 from .client import Presence, address_of
@@ -13,7 +14,7 @@ from .database import Database, primary_code
 from .folder import Folder
 from .schema import WATCH_TABLES, statements
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 LOG_PAGES = 64  # the database is small, and copying costs no sync
 LOG_ROOM = 512 << 10  # bytes: so many pages and what a transaction adds

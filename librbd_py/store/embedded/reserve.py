@@ -7,8 +7,9 @@ What was given up is for removing: until there is room again, and the file with 
 from __future__ import annotations
 
 import errno
-import logging
 import os
+
+from librbd_py.format.logs import logger
 
 from .folder import Folder
 
@@ -18,7 +19,7 @@ PLENTY = 2 * SIZE  # bytes that must be free for it to be made; less is little
 SPARE = 256 << 10  # bytes that stay free when little is left
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # EIO: how SQLite says it of some of its files
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def keep(root: Folder) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import sqlite3
 import threading
@@ -14,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 from librbd_py.format.lock import EntityAddress
+from librbd_py.format.logs import logger
 
 from .. import api
 from ..api import Client, PoolInfo, PoolStats
@@ -30,7 +30,7 @@ from .registry import Place, Registry
 from .setup import open_store
 from .steps import step
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 MAX_POOL_NAME = 1024  # bytes
 DEFAULT_BLOCKLIST_SECONDS = 3600  # what 0 means

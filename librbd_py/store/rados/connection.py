@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import logging
 import os
 import re
 import shlex
@@ -18,13 +17,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from librbd_py.format.logs import logger
 from librbd_py.format.values import dataclass, replace
 from librbd_py.native import ffi, lib
 
 from ..api import Client
 from .life import Life
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 MISSING = "librados is not installed: Ceph clusters need the Debian package librados2"
 DEFAULT_NAME = "client.admin"

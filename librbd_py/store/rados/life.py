@@ -13,18 +13,18 @@ else: $RBDPY_CLIENTS (empty: no files and no proofs), /run/rbdpy/clients of root
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import stat
-import tempfile
 import weakref
 from contextlib import suppress
 from pathlib import Path
 
+from librbd_py.format.logs import logger
+
 MANY = 512  # files, before those of the longest dead are removed
 _NEW = ".new-"
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 _alive: weakref.WeakSet[Life] = weakref.WeakSet()
 
 
@@ -64,6 +64,8 @@ class Life:
         if not _trusted(where):
             raise PermissionError(f"{where} is not this user's alone")
         _prune(where)
+        import tempfile  # here: half the commands watch nothing
+
         fd, made = tempfile.mkstemp(prefix=_NEW, dir=where)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

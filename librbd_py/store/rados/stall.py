@@ -6,17 +6,17 @@ for it would wait on after another client has taken the image, and the guest wit
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from librbd_py.format.logs import logger
 from librbd_py.native import ffi, lib
 
 if TYPE_CHECKING:
     from .connection import Connection
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 TICK = 1.0  # seconds between two looks
 

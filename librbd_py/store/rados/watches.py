@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import select
 import threading
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from librbd_py.format.logs import logger
 from librbd_py.native import check as check_native
 from librbd_py.native import ffi, lib
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .context import RadosContext
     from .store import RadosStore
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class WatchRing:
