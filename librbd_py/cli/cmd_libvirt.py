@@ -26,7 +26,7 @@ def with_conversion(parser: argparse.ArgumentParser) -> None:
 @command(
     "libvirt convert",
     "Rewrite a domain (libvirt's name or uuid, an XML file, or - for standard input) so that its rbd disks are served "
-    "by this host.",
+    "by this host. With --store (or -c) the images are there and not in the cluster that the domain names.",
     with_transport,
     with_conversion,
     specs=("domain-or-xml",),
@@ -47,7 +47,10 @@ def convert(session: Session) -> None:
         else:
             text = client.domain_xml(uri, what)
         targets = set(options.disk) if options.disk else None
-        made = domain.revert(text, targets) if options.revert else domain.convert(text, options.transport, targets)
+        if options.revert:
+            made = domain.revert(text, targets)
+        else:
+            made = domain.convert(text, options.transport, targets, store=session.store)
         if options.define:
             client.define(uri, made)
         else:

@@ -16,11 +16,13 @@ serial, iotune; seen with 9.0.0), which is why the disk as it was is kept whole:
 from __future__ import annotations
 
 import errno
+import os
 import re
 from dataclasses import dataclass
 from urllib.parse import quote
 from xml.dom.minidom import Document, Element
 
+from librbd_py.store import is_ceph
 from qemu_glue.libvirt.xml import (
     SIZE_MAX,
     DomainXMLError,
@@ -110,12 +112,22 @@ def served_disks(document: Document) -> list[ServedDisk]:
     return list(disks.values())
 
 
-def convert(text: str | bytes, transport: str = "vhost-user", targets: set[str] | None = None, run: str = RUN) -> str:
+def convert(
+    text: str | bytes,
+    transport: str = "vhost-user",
+    targets: set[str] | None = None,
+    run: str = RUN,
+    store: str | None = None,
+) -> str:
     """The domain with its rbd disks (all, or those of `targets`) served by this service. Everything else stays.
 
+    `store`: the URL of the store that has the images, an embedded one for example; None: the cluster that the XML
+    names.
+
     DomainXMLError: hostile or unknown XML; a target that is no rbd disk; a disk that cannot be served this way (a
-    vhost-user disk needs bus virtio).
+    vhost-user disk needs bus virtio). EINVAL: a store or transport that cannot be served.
     """
+    url = None if store is None else lasting(store)
     if transport not in TRANSPORTS:
         raise OSError(errno.EINVAL, f"transport {transport!r} is none of {', '.join(TRANSPORTS)}")
     document = parse(text)
@@ -130,7 +142,7 @@ def convert(text: str | bytes, transport: str = "vhost-user", targets: set[str] 
             continue
         if target in known:
             raise DomainXMLError(f"disk {target} is served already")
-        disk = checked(_from_rbd(target, transport, element))
+        disk = checked(_from_rbd(target, transport, element, url))
         served = _serving(document, disk, element, socket_path(uuid, target, run))
         replace(element, served)
         _remember(document, disk, element)
@@ -205,8 +217,22 @@ def _rbd_disks(document: Document) -> list[tuple[str, Element]]:
     return found
 
 
-def _from_rbd(target: str, transport: str, element: Element) -> ServedDisk:
-    """What QEMU's own driver would open. `name` is pool/[namespace/]image, as QEMU's rbd driver splits it."""
+def lasting(store: str) -> str:
+    """The URL as other programs with other working folders understand it. EINVAL: there is none."""
+    kind, colon, rest = store.partition(":")
+    if is_ceph(store):
+        if kind in ("ceph", "rados"):
+            return store
+        return "ceph:" + quote(os.path.abspath(store))
+    path = rest if colon and kind == "embedded" else store
+    if not path or (colon and kind != "embedded" and "/" not in kind):
+        raise OSError(errno.EINVAL, f"store {store!r} is no folder and no cluster that the host service could open")
+    return "embedded:" + os.path.abspath(path)
+
+
+def _from_rbd(target: str, transport: str, element: Element, store: str | None) -> ServedDisk:
+    """What QEMU's own driver would open, or the image of that name in `store`. A name is pool/[namespace/]image, as
+    QEMU's rbd driver splits it."""
     source = child(element, "source")
     assert source is not None
     parts = source.getAttribute("name").split("/")
@@ -229,7 +255,7 @@ def _from_rbd(target: str, transport: str, element: Element) -> ServedDisk:
         image=parts[-1],
         namespace=parts[1] if len(parts) == 3 else "",
         snapshot=snapshot.getAttribute("name") if snapshot is not None else "",
-        store=_store_of(source, element),
+        store=_store_of(source, element) if store is None else store,
         read_only=child(element, "readonly") is not None or snapshot is not None,
         queues=_number(driver.getAttribute("queues") or "1", "queues", 1, 256) if driver is not None else 1,
     )

@@ -64,6 +64,28 @@ def test_a_domain_is_converted_by_name_and_back(world: World) -> None:
         world.alpha.rbdpy("libvirt", "convert", "nobody", "--connect", world.alpha.uri)
 
 
+@pytest.mark.parametrize("transport", ["vhost-user", "nbd"])
+def test_a_domain_is_converted_to_another_store_and_back(world: World, transport: str) -> None:
+    """To a folder that the service has not as its own, by a name that needs escapes; the VM runs on it and migrates."""
+    store = f"embedded:{world.machine.folder}/an 'other' & <store>"
+    domain = world.domain(transport, "embedded", url=store)
+    plain = world.alpha.folder / "plain.xml"
+    plain.write_text(domain.xml())
+    world.alpha.virsh("define", plain)
+    before = world.alpha.virsh("dumpxml", "--inactive", domain.name)
+    words = ("libvirt", "convert", domain.name, "--connect", world.alpha.uri, "--define")
+    world.alpha.rbdpy("--store", store, *words, "--transport", transport)
+    world.alpha.virsh("start", domain.name)
+    domain.wait_for_console("GUEST-UP")
+    world.check(domain, world.alpha)
+    world.migrate(domain, world.alpha, world.beta)
+    world.check(domain, world.beta)
+    world.beta.virsh("destroy", domain.name)
+    world.alpha.rbdpy(*words, "--revert")
+    after = world.alpha.virsh("dumpxml", "--inactive", domain.name)
+    assert sorted(after.split()) == sorted(before.split())
+
+
 def test_the_service_is_upgraded_under_a_guest(world: World) -> None:
     domain = world.running()
     try:

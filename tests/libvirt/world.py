@@ -84,9 +84,10 @@ class World:
     def store(self, kind: str) -> str:
         return self.cluster.url if kind == "ceph" else self.folder_store
 
-    def domain(self, transport: str, store: str, **more: Any) -> Domain:
+    def domain(self, transport: str, store: str, url: str = "", **more: Any) -> Domain:
+        """`url`: of a store that is none of those that hosts have for their own."""
         name = f"vm{next(_numbers)}"
-        made = Domain(name, self.store(store), self.machine.folder, transport=transport, **more)
+        made = Domain(name, url or self.store(store), self.machine.folder, transport=transport, **more)
         self.domains.append(made)
         return made
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -188,6 +190,11 @@ def test_hostile_xml_is_refused_at_once(hostile: str, why: str) -> None:
     began = time.monotonic()
     with pytest.raises(DomainXMLError, match=why):
         domain.convert(hostile)
+    with pytest.raises(DomainXMLError, match=why):
+        domain.convert(hostile, store="embedded:/srv/rbd")
+    if why != "uuid":  # the way back needs none
+        with pytest.raises(DomainXMLError, match=why):
+            domain.revert(hostile)
     assert time.monotonic() - began < 5  # not the hours an entity bomb takes
 
 
@@ -220,9 +227,42 @@ def test_metadata_that_lies_is_refused(rows: tuple[str, ...]) -> None:
         served(metadata(*rows))
 
 
-def test_from_the_shell(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
-    from pathlib import Path
+STORES = {
+    "embedded:/srv/rbd": "embedded:/srv/rbd",
+    "/srv/rbd": "embedded:/srv/rbd",
+    "embedded:rbd": "embedded:{cwd}/rbd",
+    "ceph": "ceph",
+    "ceph:/etc/ceph/b.conf?user=vm&keyring=/k": "ceph:/etc/ceph/b.conf?user=vm&keyring=/k",
+    "{cwd}/file.conf": "ceph:{cwd}/file.conf",
+    "embedded:/srv/a&b \"c\" <d> 'e'; ${{f}} %41 ?g=h": "embedded:/srv/a&b \"c\" <d> 'e'; ${{f}} %41 ?g=h",
+}
 
+
+@pytest.mark.parametrize("transport", domain.TRANSPORTS)
+@pytest.mark.parametrize("store", STORES)
+def test_the_images_are_in_another_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str, transport: str
+) -> None:
+    """Whatever cluster the XML names; other programs with other working folders find it, and all of it is kept."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.conf").touch()
+    before = xml(disk("vda"), disk("vdb", "pool/name/image"))
+    converted = domain.convert(before, transport, store=store.format(cwd=tmp_path))
+    url = STORES[store].format(cwd=tmp_path)
+    assert [(d.spec, d.store) for d in served(converted)] == [("rbd/vm1", url), ("pool/name/image", url)]
+    assert canonical(domain.revert(converted)) == canonical(before)
+    again = domain.convert(domain.revert(converted), transport)
+    assert [d.store for d in served(again)] == ["ceph:/etc/ceph/other.conf?user=vm"] * 2
+
+
+@pytest.mark.parametrize("store", ["memory:x", "", "embedded:", "embedded:/a\nb", "http:x", "embedded:/" + "a" * 5000])
+def test_stores_that_nobody_could_open(store: str) -> None:
+    with pytest.raises(OSError, match="store") as caught:
+        domain.convert(xml(), store=store)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_from_the_shell(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
     file = Path(str(tmp_path)) / "vm.xml"
     file.write_text(xml())
     assert main(["libvirt", "convert", str(file)]) == 0
@@ -231,6 +271,10 @@ def test_from_the_shell(tmp_path: object, capsys: pytest.CaptureFixture[str]) ->
     file.write_text(converted)
     assert main(["libvirt", "convert", "--revert", str(file)]) == 0
     assert canonical(capsys.readouterr().out) == canonical(xml())
+    file.write_text(xml())
+    assert main(["--store", f"embedded:{tmp_path}/store", "libvirt", "convert", str(file)]) == 0
+    assert [d.store for d in served(capsys.readouterr().out)] == [f"embedded:{tmp_path}/store"]
+    assert not (file.parent / "store").exists()
     file.write_text("<!DOCTYPE x>")
     assert main(["libvirt", "convert", str(file)]) == 22
     assert "DOCTYPE" in capsys.readouterr().err
