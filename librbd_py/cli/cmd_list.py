@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from librbd_py.cli import sizes
 from librbd_py.cli.arguments import FORMAT, IMAGE, POOL, SNAP
@@ -13,6 +12,9 @@ from librbd_py.cli.failure import Failure, code_of, reason
 from librbd_py.cli.output import Rows, Section, Table, size_text
 from librbd_py.cli.registry import verb
 from librbd_py.cli.session import Session, Spec, failing, failures
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 
 @verb("list", "List rbd images.", "long", *POOL, *FORMAT, spec=("pool-spec",), alias="ls")
@@ -88,6 +90,8 @@ def _long_section(row: dict[str, Any]) -> Section:
 
 def stamp(moment: datetime) -> str:
     """Local time as ctime writes it. The library gives naive UTC, as Ceph's module does."""
+    from datetime import datetime
+
     return time.ctime((moment - datetime(1970, 1, 1)).total_seconds())
 
 

@@ -101,12 +101,19 @@ def _without(arguments: list[str], command: tuple[str, ...], skip: int) -> list[
     return rest
 
 
+def quote(text: str, safe: str = "/") -> str:
+    """Percent-encoded, as `urllib.parse.quote` does: which is imported only for what needs it."""
+    if all((char.isalnum() and char.isascii()) or char in "_.-~" or char in safe for char in text):
+        return text
+    from urllib import parse
+
+    return parse.quote(text, safe)
+
+
 def store_of(found: dict[str, str]) -> str | None:
     """The store's URL, with what was said of the cluster in it: a daemon takes it as it is. None: the default."""
     if not found:
         return None
-    from urllib.parse import quote
-
     conf = found.get("conf", "")
     store = found.get("store") or (f"ceph:{quote(conf)}" if conf else None)
     user = found.get("id") or found.get("name", "").removeprefix("client.")

@@ -7,7 +7,6 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable
-from datetime import datetime
 from typing import Any
 
 from librbd_py import errors
@@ -150,6 +149,8 @@ class Follower:
 
 
 def _entry(row: dict[str, Any]) -> Entry:
+    from datetime import datetime
+
     try:
         stamp = datetime.fromisoformat(str(row.get("stamp"))).timestamp()
     except ValueError:

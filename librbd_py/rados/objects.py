@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from librbd_py import errors
@@ -15,6 +14,8 @@ from librbd_py.rados.ops import XattrIterator, raw, text
 from librbd_py.rados.pool_snaps import PoolSnaps
 
 if TYPE_CHECKING:
+    from datetime import datetime, timedelta
+
     from librbd_py.rados.ioctx import Ioctx
 
 LIBRADOS_ALL_NSPACES = "\x01"
@@ -70,6 +71,8 @@ class Watch:
         """Time since the watch was last known to live. NotConnected when it is lost."""
         self.ioctx.require_ioctx_open()
         with rados_errors("check error"):
+            from datetime import timedelta
+
             return timedelta(seconds=self._watch.check())
 
     def close(self) -> None:
@@ -113,6 +116,8 @@ class Snap:
     def get_timestamp(self) -> datetime:
         """When it was made, in local time and whole seconds as Ceph's module gives it."""
         with rados_errors(f"Failed to get timestamp of snap {self.name}"):
+            from datetime import datetime
+
             return datetime.fromtimestamp(
                 int(PoolSnaps(self.ioctx.rados.store, self.ioctx.context).find(self.name).stamp)
             )

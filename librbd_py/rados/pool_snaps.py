@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-from datetime import datetime
 from typing import Any
 
 from librbd_py.store import api
@@ -39,6 +38,8 @@ class PoolSnaps:
         """By id."""
         if not isinstance(self._store, RadosStore):
             return self._state().snaps()
+        from datetime import datetime
+
         return [
             PoolSnap(int(row["snapid"]), row["name"], datetime.fromisoformat(row["stamp"]).timestamp())
             for row in self._pool(self._store)["pool_snaps"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import wraps
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from librbd_py.errors import rbd as exceptions
 from librbd_py.store.api import ObjectContext
 from librbd_py.store.rados import foreign
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 U64_END = 1 << 64
 F = TypeVar("F", bound=Callable[..., Any])
@@ -68,6 +70,8 @@ def context(ioctx: Any) -> ObjectContext:
 
 def moment(seconds: float) -> datetime:
     """A naive UTC time with whole seconds, as Ceph's module gives it."""
+    from datetime import UTC, datetime
+
     return datetime.fromtimestamp(int(seconds), UTC).replace(tzinfo=None)
 
 

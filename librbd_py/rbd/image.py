@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from librbd_py.errors import rbd as exceptions
 from librbd_py.errors import rbd_errors
@@ -28,6 +27,9 @@ from .image_aio import ImageAio
 from .image_locks import ImageLocks
 from .image_meta import ImageMeta
 from .image_snaps import ImageSnaps
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 
 class Image(ImageSnaps, ImageAio, ImageLocks, ImageMeta):

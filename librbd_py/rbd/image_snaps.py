@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from librbd_py.errors import rbd_errors
 from librbd_py.format import header as fh
@@ -16,6 +15,9 @@ from .common import OnProgress, moment, number, requires_not_closed, text
 from .constants import RBD_SNAP_REMOVE_FLATTEN, RBD_SNAP_REMOVE_UNPROTECT
 from .groups import create_flags
 from .iterators import ChildIterator, SnapIterator, group_row, mirror_row
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 
 class ImageSnaps:

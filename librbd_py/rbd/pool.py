@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from librbd_py.errors import rbd as exceptions
 from librbd_py.errors import rbd_errors
@@ -26,6 +25,9 @@ from .groups import PoolGroups
 from .image import Image, options
 from .iterators import ConfigPoolIterator, ImageIterator, PoolMetadataIterator, TrashIterator, trash_row
 from .migrations import Migrations
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 VERSION = (1, 16, 0)  # of the librbd whose behaviour this follows
 
@@ -278,6 +280,8 @@ class RBD(PoolGroups, Migrations):
     def trash_purge(self, ioctx: Any, expire_ts: datetime | None = None, threshold: float = -1) -> None:
         """Removes what expired before `expire_ts` (UTC), by default now. With a `threshold` (0 to 1) what comes first
         instead, until the pool is filled to no more than that. InvalidArgument."""
+        from datetime import UTC
+
         before = time.time() if expire_ts is None else expire_ts.replace(tzinfo=UTC).timestamp()
         with rbd_errors("error purging images from trash"):
             ctx = context(ioctx)

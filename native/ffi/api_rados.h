@@ -19,6 +19,10 @@ int rbdn_rados_conf_get(void *cluster, const char *option, char *buf, size_t len
 int rbdn_rados_connect(void *cluster);
 /* No ioctx, operation or watch may be left. Also for one that never connected. */
 void rbdn_rados_shutdown(void *cluster);
+/* Loads librados and connects as client.admin by that file, on a thread of its own; the caller goes on meanwhile. Once. */
+int rbdn_rados_early(const char *conf);
+/* That connection, when it is by that file: waited for, and the caller's. NULL: there is none; *err < 0: connecting failed. */
+void *rbdn_rados_early_take(const char *conf, int *err);
 int rbdn_rados_fsid(void *cluster, char *buf, size_t len);
 int rbdn_rados_addresses(void *cluster, char *buf, size_t len); /* -ENAMETOOLONG */
 uint64_t rbdn_rados_instance(void *cluster);

@@ -10,7 +10,6 @@ import atexit
 import errno
 import os
 import re
-import shlex
 import threading
 import weakref
 from collections.abc import Iterator
@@ -80,8 +79,13 @@ def entity(user: str) -> str:
 
 
 def _words_of_environment() -> tuple[str, ...]:
+    words = os.environ.get("CEPH_ARGS", "")
+    if not words:
+        return ()
+    import shlex
+
     try:
-        return tuple(shlex.split(os.environ.get("CEPH_ARGS", "")))
+        return tuple(shlex.split(words))
     except ValueError as failure:
         raise OSError(errno.EINVAL, f"CEPH_ARGS: {failure}") from None
 
@@ -110,20 +114,35 @@ class Connection:
     def __init__(self, options: ClusterOptions) -> None:
         load()
         self.options = options
-        error, name = ffi.new("int *"), (options.name or DEFAULT_NAME).encode()
-        handle = lib.rbdn_rados_create(options.cluster.encode(), name, error)
-        if not handle:
-            raise fail(error[0], f"librados for {options.name}")
-        self._prepare(handle)
+        where = f"{options.conf or 'the cluster'} as {options.name}"
+        begun = self._begun(where)
+        self._prepare(begun or self._new())
         try:
-            self._configure()
-            where = options.conf or "the cluster"
-            check(lib.rbdn_rados_connect(self.handle), f"{where} as {options.name}")
+            if not begun:
+                self._configure()
+                check(lib.rbdn_rados_connect(self.handle), where)
             self._identify()
         except BaseException:
             self._shut_down()
             raise
         _live.add(self)
+
+    def _new(self) -> Any:
+        error, name = ffi.new("int *"), (self.options.name or DEFAULT_NAME).encode()
+        handle = lib.rbdn_rados_create(self.options.cluster.encode(), name, error)
+        if not handle:
+            raise fail(error[0], f"librados for {self.options.name}")
+        return handle
+
+    def _begun(self, where: str) -> Any:
+        """The connection that the command line began when it started (`cli/start.py`), if it is this one."""
+        conf = self.options.conf
+        if not conf or self.options != ClusterOptions(conf, DEFAULT_NAME):
+            return None
+        error = ffi.new("int *")
+        handle = lib.rbdn_rados_early_take(conf.encode("utf-8", "surrogateescape"), error)
+        check(error[0], where)
+        return handle or None
 
     def _prepare(self, handle: Any) -> None:
         self.fenced = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import threading
 import time
@@ -44,13 +43,20 @@ _COUNTERS = (
 _TARGETS = {"mon": lib.RBDN_TO_MON, "mgr": lib.RBDN_TO_MGR, "osd": lib.RBDN_TO_OSD, "pg": lib.RBDN_TO_PG}
 
 
+def unquote(text: str) -> str:
+    """As `urllib.parse.unquote`, which is imported only for what needs it."""
+    if "%" not in text:
+        return text
+    from urllib import parse
+
+    return parse.unquote(text)
+
+
 def parse_url(url: str, base: ClusterOptions | None = None) -> ClusterOptions:
     """`ceph[:CONF][?user=NAME&OPTION=VALUE...]`, percent-encoded where needed; OPTION is any of Ceph's, as `keyring`,
     or `rbdpy_connection`: URLs that differ in it do not share a connection. What the URL does not say comes from
     `base`. EINVAL."""
     base = base or ClusterOptions()
-    from urllib.parse import unquote
-
     where, _, query = url.partition("?")
     kind, _, conf = where.partition(":")
     if kind not in ("ceph", "rados"):
@@ -261,6 +267,8 @@ class RadosStore(api.Store):
 
     def mon_command(self, words: dict[str, Any]) -> bytes:
         """What a monitor answers to a command; OSError with its errno and words."""
+        import json
+
         result, output, status = self.command("mon", "", json.dumps(words))
         if result < 0:
             raise OSError(-result, f"{words.get('prefix')}: {status.strip() or os.strerror(-result)}")
@@ -277,6 +285,8 @@ def _pool_name(name: str) -> bytes:
 
 def _rows(reply: bytes) -> list[dict[str, str]]:
     """Of all lists in it: clients and, since Ceph 16.2.8, ranges come one after the other."""
+    import json
+
     text, rows = reply.decode(errors="replace").strip(), []
     try:
         while text:

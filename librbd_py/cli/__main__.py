@@ -1,0 +1,5 @@
+"""`python -m librbd_py.cli`: the command `rbdpy`."""
+
+from librbd_py.cli.start import entry
+
+entry()
