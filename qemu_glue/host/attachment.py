@@ -244,6 +244,7 @@ class Attachment:
             "node-name": node.name if node is not None else "",
             "clients": sum(self._clients.values()),
             "lock-owner": node is not None and node.handle.is_lock_owner,
+            "hand-off": self._hand_off.state.value if self._hand_off is not None else "",
             "refused": self._hand_off.reason if self._hand_off and self._hand_off.state is State.REFUSED else "",
             "read-only": node is not None and node.read_only,
         }

@@ -42,7 +42,7 @@ class Endpoint:
         allowed: Allowed,
         total: Total,
         handler: Callable[[Endpoint, socket.socket, Peer], Awaitable[None]],
-        silent: Callable[[Endpoint, Callable[[], bool]], Coroutine[Any, Any, None]] | None = None,
+        silent: Callable[[Endpoint, int, Callable[[], bool]], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         """Listens at once. `vm`: the uuid it belongs to, empty for an image's. OSError as `sockets.listen_unix`."""
         self.path = path
@@ -153,7 +153,7 @@ class Endpoint:
         self._loop.add_reader(sock, readable)
         waits = bool(self.vm) and peer.elder
         if waits and self._silent is not None:
-            task = self._loop.create_task(self._silent(self, lambda: not ready.done()))
+            task = self._loop.create_task(self._silent(self, peer.pid, lambda: not ready.done()))
             self._beside.add(task)
             task.add_done_callback(self._beside.discard)
         try:

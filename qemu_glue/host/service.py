@@ -288,9 +288,9 @@ class HostService:
             endpoint.start()
         return endpoint
 
-    async def _silent(self, endpoint: Endpoint, silent: Callable[[], bool]) -> None:
+    async def _silent(self, endpoint: Endpoint, pid: int, silent: Callable[[], bool]) -> None:
         if self._libvirt:
-            await wake(self._libvirt, endpoint.vm, endpoint.path, silent)
+            await wake(self._libvirt, endpoint.vm, pid, endpoint.path, silent)
 
     def _folder(self, path: str) -> None:
         """Below `run`: entered by QEMU's group, changed by nobody else."""

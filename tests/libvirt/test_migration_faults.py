@@ -7,6 +7,7 @@ The domains go on from test to test. After each, another client reads what the g
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
@@ -17,10 +18,15 @@ from dataclasses import dataclass
 import pytest
 
 from librbd_py import rados, rbd
+from librbd_py.image.handle import ImageHandle
+from librbd_py.image.locks import watchers
+from librbd_py.store import connect
+from qemu_glue.host.ask import ask
 from tests.libvirt.domains import Domain
 from tests.libvirt.hosts import Host, HostError, run, wait_for
-from tests.libvirt.world import Attempt, Events, World, slow
+from tests.libvirt.world import Attempt, Events, World, patient, slow
 
+GONE_SECONDS = 1.0
 TRIES = 4  # of what has to happen within milliseconds
 SOAK_ROUNDS = 5
 FOLDER, CEPH, NBD_FOLDER, NBD_CEPH = "vhost-user/embedded", "vhost-user/ceph", "nbd/embedded", "nbd/ceph"
@@ -165,14 +171,18 @@ def test_the_destination_dies_in_precopy(trip: Trip) -> None:
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 @on(CEPH)
 def test_it_is_cancelled(trip: Trip, share: float) -> None:
-    slow(trip.source, trip.domain, 32)
-    with trip.migrating() as attempt:
-        attempt.wait_for_part(share)
-        try:
+    """Nearly all was sent, and the guest writes: without leave to stand still QEMU would send for ever."""
+    slow(trip.source, trip.domain, 16)
+    patient(trip.source, trip.domain, 1)
+    try:
+        with trip.migrating() as attempt:
+            attempt.wait_for_part(share)
             trip.source.virsh("domjobabort", trip.domain.name)
-        except HostError:
-            assert attempt.ended or share > 0.9  # it was faster
-    trip.goes_on(trip.source if attempt.failure else trip.destination)
+    finally:
+        patient(trip.source, trip.domain, 300)
+    assert attempt.failure is not None
+    assert "cancel" in str(attempt.failure), attempt.failure
+    trip.goes_on(trip.source)
 
 
 @on(FOLDER)
@@ -266,9 +276,10 @@ with rados.Rados(conffile=sys.argv[1]) as cluster, cluster.open_ioctx("rbd") as 
 """
 
 
-def test_somebody_breaks_the_lock_in_the_gap(world: World) -> None:
+@pytest.mark.parametrize("then", ["forced", "destroyed"])
+def test_somebody_breaks_the_lock_in_the_gap(world: World, then: str) -> None:
     """`rbd lock rm` fences the source and frees the lock: the destination refuses, and the VM's requests wait for a
-    word. A service that is fenced is fenced for all its VMs."""
+    word, or end with it. A service that is fenced is fenced for all its VMs."""
     world.drop_kept()
     source, destination = world.hosts
     for _ in range(TRIES):
@@ -297,6 +308,11 @@ def test_somebody_breaks_the_lock_in_the_gap(world: World) -> None:
                 time.sleep(2)
                 assert "STAMP-TICK" not in domain.console[at:], "the guest goes on without the lock"
                 assert "refused" in destination.rbdpy("host", "status")
+                if then == "destroyed":
+                    seconds = watched_after_end(destination, domain)
+                    assert seconds < GONE_SECONDS, f"watched for {seconds:.2f} s after the end of its QEMU"
+                    assert domain.holder() is None
+                    return
                 destination.rbdpy("host", "force", domain.name)
                 domain.wait_for_progress()
                 assert domain.holder() == destination.name
@@ -310,6 +326,30 @@ def test_somebody_breaks_the_lock_in_the_gap(world: World) -> None:
                 host.kill_service()
                 host.start_service()
     pytest.fail("the destination was always faster")
+
+
+def watched_after_end(host: Host, domain: Domain) -> float:
+    """Destroys the VM: how long its disk is watched after its QEMU has ended."""
+    (mine,) = [each for each in domain.ownership().others if each.answer and each.answer.host == host.name]
+    store = connect(domain.store)
+    pid = host.pid_of(domain.name)
+    assert pid is not None
+    process = os.pidfd_open(pid)
+    destroy = threading.Thread(target=host.virsh, args=("destroy", domain.name))
+    try:
+        with ImageHandle.open(store.open("rbd"), domain.images[0], read_only=True) as handle:
+            destroy.start()
+            poll = select.poll()
+            poll.register(process, select.POLLIN)
+            assert poll.poll(30_000), "QEMU does not end"
+            ended = time.monotonic()
+            mark = (mine.gid, mine.handle)
+            wait_for(lambda: mark not in {(row.gid, row.cookie) for row in watchers(handle)}, "the watch to go", 30)
+            return time.monotonic() - ended
+    finally:
+        os.close(process)
+        destroy.join(60)
+        store.close()
 
 
 @on(FOLDER)
@@ -362,3 +402,55 @@ def test_an_osd_stands_still_at_the_switch_over(trip: Trip) -> None:
         with trip.migrating():
             pass
     trip.goes_on_somewhere()
+
+
+@on(CEPH, (CEPH,))
+def test_an_osd_stands_still_at_the_take_over(trip: Trip) -> None:
+    """From the offer until the next host has tried to take the lock for two seconds: requests wait, and go on."""
+    osds = [trip.world.cluster.daemon(name) for name in ("osd.0", "osd.1")]
+    still: list[float] = []
+
+    def freeze() -> None:
+        for osd in osds:
+            osd.send(signal.SIGSTOP)
+        try:
+            wait_for(lambda: hand_off(trip.destination, trip.domain) == "taking-over", "the take-over", 20)
+            begun = time.monotonic()
+            time.sleep(2)
+            assert hand_off(trip.destination, trip.domain) == "taking-over"
+            still.append(time.monotonic() - begun)
+        finally:
+            for osd in osds:
+                osd.send(signal.SIGCONT)
+
+    with events_of(trip.source) as offers, events_of(trip.destination) as events:
+        offers.at_once("RBD_HANDOFF_OFFERED", freeze)
+        trip.migrate()
+        wait_for(lambda: events.named("RBD_HANDOFF_TAKEN"), "the lock to be taken", 30)
+        (taken,) = events.named("RBD_HANDOFF_TAKEN")
+        assert still and taken["seconds"] >= still[0]
+        assert not events.named("RBD_HANDOFF_REFUSED")
+    trip.goes_on(trip.destination)
+
+
+def hand_off(host: Host, domain: Domain) -> str:
+    """What the service does about the lock of its disk."""
+    (vm,) = ask(str(host.qmp), "rbd-vm-query", {"uuid": domain.uuid}, 10)
+    return str(vm["disks"][0].get("hand-off", ""))
+
+
+@on(CEPH, SEEN)
+def test_the_service_of_the_source_stands_still_after_the_offer(trip: Trip) -> None:
+    """The VM's next host needs no word of it, neither for the lock nor for its load."""
+    with events_of(trip.source) as events:
+        events.at_once("RBD_HANDOFF_OFFERED", lambda: trip.source.service.send_signal(signal.SIGSTOP))
+        trip.migrate()
+        assert events.named("RBD_HANDOFF_OFFERED")
+    try:
+        wait_for(lambda: trip.world.where(trip.domain) == [trip.destination], "the VM to run there alone", 30)
+        for _ in range(3):
+            trip.domain.wait_for_progress()
+        assert trip.domain.holder() == trip.destination.name
+    finally:
+        trip.source.service.send_signal(signal.SIGCONT)
+    trip.goes_on(trip.destination)

@@ -196,7 +196,7 @@ class Attempt:
         assert self.ended, "virsh migrate does not end"
 
     def wait_for_part(self, share: float) -> None:
-        """Until that share of the memory was sent in the first pass; at once when it has ended."""
+        """Until no more than the rest of the memory is to be sent; at once when it has ended."""
         wait_for(lambda: self.ended or self._sent() >= share, f"{share:.0%} of a migration")
 
     def _sent(self) -> float:
@@ -206,10 +206,10 @@ class Attempt:
             return 0.0
         rows = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
         try:
-            amounts = [size(rows[f"Memory {what}"]) for what in ("processed", "total")]
+            left, total = (size(rows[f"Memory {what}"]) for what in ("remaining", "total"))
         except (KeyError, ValueError):
             return 0.0
-        return min(1.0, amounts[0] / amounts[1]) if amounts[1] else 0.0
+        return 1.0 - left / total if total else 0.0
 
 
 def size(text: str) -> float:
@@ -220,6 +220,11 @@ def size(text: str) -> float:
 def slow(host: Host, domain: Domain, mib_per_second: int) -> None:
     """How fast its memory is sent."""
     host.virsh("migrate-setspeed", domain.name, str(mib_per_second))
+
+
+def patient(host: Host, domain: Domain, milliseconds: int) -> None:
+    """For how long it may stand still: with little, QEMU goes on sending what the guest changes. 300 by default."""
+    host.virsh("migrate-setmaxdowntime", domain.name, str(milliseconds))
 
 
 def store_folder(machine: Machine) -> str:
