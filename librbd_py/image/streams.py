@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from librbd_py.format import features as ft
 from librbd_py.format import header as fh
@@ -24,6 +24,9 @@ from .resize import resize
 PIECE = 4 << 20  # bytes read and written at once
 SPARSE = 4096  # zeros of this length, aligned, are not written
 _ZEROES = bytes(PIECE)
+ROWS = 32  # of a diff, read one after the other
+READY = 256 << 10  # bytes of a diff that are written at once
+Row = tuple[int, int, bool]  # offset, length, data or zeros
 Write = Callable[[bytes], object]
 Say = Callable[[str], None]
 
@@ -66,17 +69,39 @@ def export_diff(
     since = start.id if start is not None else 0
     rows = changes(handle, 0, size, since, whole_object=whole_object) if size else ()
 
-    def content(row: tuple[int, int, bool]) -> bytes:
-        offset, length, exists = row
-        return handle.data.read(offset, length) if exists else b""
+    def content(some: list[Row]) -> list[bytes]:
+        return [handle.data.read(offset, length) if exists else b"" for offset, length, exists in some]
 
-    for (offset, length, _), data in in_order(rows, content, at_once(handle)):
-        exists = not is_zero(data)  # what is all zeros is a hole
-        write(streams.extent(offset, length, exists, version))
-        if exists:
-            write(data)
-        report(progress, offset, size)
-    write(streams.END)
+    ready = bytearray()
+    for some, contents in in_order(_batches(rows), content, at_once(handle)):
+        for (offset, length, _), data in zip(some, contents, strict=True):
+            exists = not is_zero(data)  # what is all zeros is a hole
+            ready += streams.extent(offset, length, exists, version)
+            if exists and len(data) >= READY:
+                write(bytes(ready))
+                ready.clear()
+                write(data)
+            elif exists:
+                ready += data
+            if len(ready) >= READY:
+                write(bytes(ready))
+                ready.clear()
+            report(progress, offset, size)
+    write(bytes(ready) + streams.END)
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Many small rows in one, so that each costs no thread's wake-up; of bytes no more than one large row may have."""
+    some: list[Row] = []
+    total = 0
+    for row in rows:
+        if some and (len(some) == ROWS or total + row[1] > PIECE):
+            yield some
+            some, total = [], 0
+        some.append(row)
+        total += row[1]
+    if some:
+        yield some
 
 
 def is_zero(data: bytes | bytearray | memoryview) -> bool:
