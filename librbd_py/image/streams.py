@@ -10,14 +10,15 @@ from librbd_py.format import features as ft
 from librbd_py.format import header as fh
 from librbd_py.format import streams
 from librbd_py.format.streams import BadStream, Extent, ImageHead, Named, Protection, Reader, Resized
-from librbd_py.store.api import NOSNAP
+from librbd_py.store.api import NOSNAP, Read
 
 from . import cls, metadata, snapshots
-from .ahead import at_once, in_order
+from .ahead import at_once, in_order, is_local
 from .datapath import NativeImage
 from .diff import changes, diff_iterate
 from .handle import ImageHandle
 from .io import before_write
+from .objects import ignoring
 from .progress import Progress, report
 from .resize import resize
 
@@ -69,11 +70,16 @@ def export_diff(
     since = start.id if start is not None else 0
     rows = changes(handle, 0, size, since, whole_object=whole_object) if size else ()
 
+    together = _is_plain(handle)
+    grain = header.layout.object_size if together else 0
+
     def content(some: list[Row]) -> list[bytes]:
+        if together and len(some) > 1:
+            return _of_object(handle, some)
         return [handle.data.read(offset, length) if exists else b"" for offset, length, exists in some]
 
     ready = bytearray()
-    for some, contents in in_order(_batches(rows), content, at_once(handle)):
+    for some, contents in in_order(_batches(rows, grain), content, at_once(handle)):
         for (offset, length, _), data in zip(some, contents, strict=True):
             exists = not is_zero(data)  # what is all zeros is a hole
             ready += streams.extent(offset, length, exists, version)
@@ -90,12 +96,31 @@ def export_diff(
     write(bytes(ready) + streams.END)
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Many small rows in one, so that each costs no thread's wake-up; of bytes no more than one large row may have."""
+def _is_plain(handle: ImageHandle) -> bool:
+    """Whether an object's bytes are the image's, and asking for them takes a round trip."""
+    header = handle.header
+    alone = header.layout.stripe_count == 1 and not header.overlap_at(handle.snap_id) and not header.migrates
+    return alone and isinstance(handle.data, NativeImage) and not is_local(handle)
+
+
+def _of_object(handle: ImageHandle, some: list[Row]) -> list[bytes]:
+    """All rows of one object in one round trip."""
+    grain = handle.header.layout.object_size
+    wanted = [Read(offset % grain, length) for offset, length, exists in some if exists]
+    found: Iterator[bytes] = iter(())
+    with ignoring(errno.ENOENT):  # removed since: zeros
+        oid = handle.objects.oid(some[0][0] // grain)
+        found = iter(handle.data_ctx.read(oid, wanted, handle.snap_id) if wanted else ())
+    return [next(found, b"").ljust(length, b"\0") if exists else b"" for _, length, exists in some]
+
+
+def _batches(rows: Iterable[Row], grain: int) -> Iterator[list[Row]]:
+    """Many small rows in one, so that each costs no thread's wake-up; of bytes no more than one large row may have, and
+    within `grain` bytes of the image (0: anywhere)."""
     some: list[Row] = []
     total = 0
     for row in rows:
-        if some and (len(some) == ROWS or total + row[1] > PIECE):
+        if some and (len(some) == ROWS or total + row[1] > PIECE or (grain and some[0][0] // grain != row[0] // grain)):
             yield some
             some, total = [], 0
         some.append(row)
