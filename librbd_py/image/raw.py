@@ -10,7 +10,7 @@ from functools import partial
 from typing import BinaryIO
 
 from librbd_py.format.object_map import NONEXISTENT
-from librbd_py.format.values import dataclass
+from librbd_py.format.values import dataclass, replace
 from librbd_py.native import check, lib
 
 from .ahead import at_once, in_order, is_local
@@ -23,11 +23,13 @@ from .resize import known_states, resize
 from .streams import PIECE, SPARSE, put, runs
 
 AT_ONCE = 64 << 20  # bytes between two reports of progress
+FAR_AT_ONCE = 256 << 20  # of a store at the other end of a network: all its round trips end before the next begin
 LOCAL_STEP = 256 << 10  # bytes: stays in a CPU's cache between being read and being written
 LOCAL_THREADS = 2
 DIRECT_STEP = 1 << 20  # bytes written past the page cache at once
 DIRECT_THREADS = 4  # these wait for the disk, not for a CPU
 MIN_STEP, MAX_STEP = 1 << 20, 8 << 20  # bytes, of a store at the other end of a network
+WRITE_STEP = 2 << 20  # bytes written there at once: twice as much took half as long again
 BLOCK = 4096  # bytes of a file system
 HOLE = 65536  # bytes of zeros that stay a hole in an exported file
 
@@ -38,20 +40,22 @@ class _Pace:
 
     step: int  # bytes
     threads: int
+    most: int  # bytes between two reports
 
     @classmethod
     def of(cls, handle: ImageHandle) -> _Pace:
         if is_local(handle):
-            return cls(LOCAL_STEP, min(LOCAL_THREADS, os.cpu_count() or 1))
+            return cls(LOCAL_STEP, min(LOCAL_THREADS, os.cpu_count() or 1), AT_ONCE)
         step = max(MIN_STEP, min(handle.header.layout.object_size, MAX_STEP))
-        return cls(step, at_once(handle))
+        return cls(step, at_once(handle), FAR_AT_ONCE if isinstance(handle.data, NativeImage) else AT_ONCE)
 
     @classmethod
     def into(cls, handle: ImageHandle) -> _Pace:
         """Of an import, which is durable at its end."""
         if is_local(handle) and handle.header.layout.object_size >= DIRECT_STEP:
-            return cls(DIRECT_STEP, DIRECT_THREADS)
-        return cls.of(handle)
+            return cls(DIRECT_STEP, DIRECT_THREADS, AT_ONCE)
+        pace = cls.of(handle)
+        return replace(pace, step=min(pace.step, WRITE_STEP))
 
 
 _Range = Callable[[int, int], object]  # offset, length
@@ -121,7 +125,7 @@ def export_raw(
     `reached(offset)` is called when everything before `offset` was moved."""
     size = handle.header.size_at(handle.snap_id)
     pace, room = _Pace.of(handle), _room_in_file(fd)
-    for offset, length in _pieces(_data(handle, begin, size)):
+    for offset, length in _pieces(_data(handle, begin, size), pace.most):
         with room.for_(offset, length) as unused:
             unused += _out(handle, fd, offset, length, pace)
         report(progress, offset + length, size)
@@ -177,20 +181,20 @@ def _data(handle: ImageHandle, begin: int, size: int) -> Iterator[tuple[int, int
             yield first, min((objno + 1) * grain, size) - first
 
 
-def _pieces(rows: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Neighbours joined, at most AT_ONCE in one."""
+def _pieces(rows: Iterator[tuple[int, int]], most: int) -> Iterator[tuple[int, int]]:
+    """Neighbours joined, at most `most` bytes in one."""
     start = end = 0
     for offset, length in rows:
         if offset != end:
-            yield from _cut(start, end)
+            yield from _cut(start, end, most)
             start = offset
         end = offset + length
-    yield from _cut(start, end)
+    yield from _cut(start, end, most)
 
 
-def _cut(start: int, end: int) -> Iterator[tuple[int, int]]:
+def _cut(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
     while start < end:
-        stop = min((start // AT_ONCE + 1) * AT_ONCE, end)
+        stop = min((start // most + 1) * most, end)
         yield start, stop - start
         start = stop
 
@@ -235,7 +239,7 @@ def import_raw(
     if native is not None:
         native.bulk(True)
     try:
-        for offset, length in _pieces(_file_data(fd, begin, size, grain)):
+        for offset, length in _pieces(_file_data(fd, begin, size, grain), pace.most):
             with room.for_(offset, length) as unused:
                 moved, left_out = _in(handle, fd, offset, length, sparse, pace)
                 unused.append(left_out + length - moved)
