@@ -1,9 +1,9 @@
-"""A VM whose disk does not start when the machine does.
+"""A VM whose disk does not start after a migration.
 
-When this host's service dies within a second before a VM arrives here, or while a VM is suspended, QEMU 7.2 finds
-nobody to start the disk with ("vhost start failed"). It connects again, but takes no notice of that until the machine
-is stopped and continued: then the disk is there, and the guest goes on without an error. Somebody has to do that: this
-does, whenever the machine comes to run, if that is days later.
+When this host's service dies within a second before a VM arrives here, QEMU 7.2 finds nobody to start the disk with
+("vhost start failed"). It connects again, but takes no notice of that until the machine is stopped and continued: then
+the disk is there, and the guest goes on without an error. Somebody has to do that: this does, whenever the machine
+comes to run; it may arrive suspended.
 """
 
 from __future__ import annotations
