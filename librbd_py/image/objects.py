@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from librbd_py.store.api import ObjectContext, Remove
+
+NUMBER = re.compile(r"[0-9a-f]{16}")  # of a data object, behind the prefix and a dot
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from librbd_py.format import features as ft
 from librbd_py.format import notify as nf
@@ -16,7 +16,7 @@ from . import cls, object_map
 from .cls import call, u64
 from .directory import check_size
 from .handle import ImageHandle
-from .objects import ignoring
+from .objects import NUMBER, ignoring
 from .progress import Progress, report
 from .proxy import perform
 from .view import ObjectMapKeeper
@@ -135,12 +135,13 @@ def doomed(handle: ImageHandle, size: int) -> Iterator[int]:
     total = layout.objects(header.size)
     first = (size // layout.period) * layout.stripe_count
     known = known_states(handle)
+    if known is not None and len(known) < total:
+        known = None  # a map of another size
+    numbers: Iterable[int] = range(first, total)
     if known is None and total - first > SCAN_LIMIT:
         prefix = handle.objects.prefix + "."
-        present = [oid for oid in handle.data_ctx.objects() if oid.startswith(prefix)]
-        numbers = sorted(int(oid[len(prefix) :], 16) for oid in present)
-    else:
-        numbers = list(range(first, total))
+        present = [oid.removeprefix(prefix) for oid in handle.data_ctx.objects() if oid.startswith(prefix)]
+        numbers = sorted(int(number, 16) for number in present if NUMBER.fullmatch(number))
     for objno in numbers:
         if objno < first or layout.used(objno, size) >= layout.used(objno, header.size):
             continue

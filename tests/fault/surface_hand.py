@@ -70,6 +70,7 @@ class Hand:
 
     def copy(self, place: str, name: str, to: str, new: str, deep: bool) -> None:
         image = self.opened(place, name)
+        image.features()  # real librbd's deep copy takes those it knows, and forgets to look first when they changed
         (image.deep_copy if deep else image.copy)(self.io(to), new)
 
     def image(self, place: str, name: str, method: str, *args: Any) -> Any:

@@ -38,7 +38,7 @@ from ..cls import call, u8, u64
 from ..content import read_view
 from ..header import Header, map_oid
 from ..map_check import version_at
-from ..objects import exists, ignoring
+from ..objects import NUMBER, exists, ignoring
 from ..transfer_data import change, snap_context
 from ..view import ViewSpec
 
@@ -319,5 +319,7 @@ def complete(handle: HandleView, header: Header) -> None:
         return
     rows, _ = handle.ctx.read(handle.oid, [OmapGetVals(prefix=NOTE)])[0]
     for key in rows:
-        bring(handle, header, int(key.removeprefix(NOTE), 16), again=True)
+        number = key.removeprefix(NOTE).decode("ascii", "replace")
+        if NUMBER.fullmatch(number):  # else it is nobody's
+            bring(handle, header, int(number, 16), again=True)
         handle.ctx.write(handle.oid, [OmapRmKeys([key])])

@@ -113,7 +113,7 @@ class Leftovers:
         for oid in self._objects(pool, namespace, names.OBJECT_MAP_PREFIX):
             image_id, _, snap_id = oid[len(names.OBJECT_MAP_PREFIX) :].partition(".")
             header = self._headers.get((pool, namespace, image_id))
-            if header is None or (snap_id and int(snap_id, 16) not in header.snaps):
+            if header is None or (snap_id and snap_id not in {f"{number:016x}" for number in header.snaps}):
                 self._found(oid, "is the object map of nothing that exists", "remove it")
 
     def _old_children(self, pool: int, namespace: str) -> None:
