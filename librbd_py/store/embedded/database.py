@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from librbd_py.errors import OutcomeUnknown
 from librbd_py.format.logs import logger
 
+from .holders import writer_of
+
 log = logger(__name__)
 
 KEEP = 8  # idle connections that stay open
@@ -49,7 +51,8 @@ def translated(error: sqlite3.Error, path: str) -> OSError:
     if code == errno.EUCLEAN:
         hint = "; the database is damaged: run `rbdpy store check`"
     elif code == errno.ETIMEDOUT:
-        hint = f"; another process keeps it locked for more than {BUSY_MS * TRIES // 1000} s"
+        who = writer_of(path) or "another process"
+        hint = f"; {who} keeps it locked for more than {BUSY_MS * TRIES // 1000} s"
     return OSError(code, f"{path}: {error}{hint}")
 
 
