@@ -38,6 +38,7 @@ R = rbd.RBD()
 DIRECTORIES = ("rbd_directory", "rbd_children", "rbd_trash", "rbd_group_directory", "rbd_namespace")
 ORDER = 13  # 8 KiB objects
 SIZE = 10 << ORDER
+LOCKED = ft.OBJECT_MAP | ft.FAST_DIFF  # what needs the exclusive lock
 MAPPED = ft.LAYERING | ft.EXCLUSIVE_LOCK | ft.OBJECT_MAP | ft.FAST_DIFF | ft.DEEP_FLATTEN
 
 
@@ -137,6 +138,37 @@ def purge(io: ObjectContext) -> None:
 def with_map(image: rbd.Image) -> None:
     if not image.features() & ft.OBJECT_MAP:
         image.update_features(ft.OBJECT_MAP, True)
+    image.rebuild_object_map()
+
+
+def without(features: int) -> Callable[[ObjectContext], None]:
+    def prepare(io: ObjectContext) -> None:
+        fill(io)
+        with rbd.Image(io, "disk") as image:
+            image.update_features(features, False)
+
+    return prepare
+
+
+def doubted(io: ObjectContext) -> None:
+    """Its object map was just switched on, and says of itself that it is not to be believed."""
+    mapless(io)
+    with rbd.Image(io, "disk") as image:
+        image.update_features(ft.OBJECT_MAP | ft.FAST_DIFF, True)
+
+
+def switched(features: int, on: bool) -> Callable[[rbd.Image], object]:
+    """What is so already is left alone, as a user would who looks first."""
+
+    def switch(image: rbd.Image) -> None:
+        if open_ones := features & (~image.features() if on else image.features()):
+            image.update_features(open_ones, on)
+
+    return switch
+
+
+def with_all_maps(image: rbd.Image) -> None:
+    switched(ft.EXCLUSIVE_LOCK | ft.OBJECT_MAP | ft.FAST_DIFF, True)(image)
     image.rebuild_object_map()
 
 
@@ -293,6 +325,13 @@ OPERATIONS = {
     "import a diff": Operation(fill, diff_to_three),
     "object map off": Operation(fill, on("disk", lambda image: image.update_features(ft.OBJECT_MAP, False))),
     "object map on": Operation(mapless, on("disk", with_map)),
+    "object map rebuilt": Operation(doubted, on("disk", lambda image: image.rebuild_object_map())),
+    "fast diff off": Operation(fill, on("disk", switched(ft.FAST_DIFF, False))),
+    "fast diff on": Operation(without(ft.FAST_DIFF), on("disk", with_all_maps)),
+    "exclusive lock off": Operation(without(LOCKED), on("disk", switched(ft.EXCLUSIVE_LOCK, False))),
+    "exclusive lock on": Operation(without(LOCKED | ft.EXCLUSIVE_LOCK), on("disk", with_all_maps)),
+    "everything off": Operation(fill, on("disk", switched(LOCKED | ft.EXCLUSIVE_LOCK, False))),
+    "deep flatten off": Operation(fill, on("disk", switched(ft.DEEP_FLATTEN, False))),
 }
 
 
