@@ -40,6 +40,7 @@ def test_a_vm_starts_migrates_there_and_back_and_is_destroyed(world: World, tran
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("transport", "store"), SIDES)
 def test_a_vm_moves_all_day(world: World, transport: str, store: str) -> None:
     domain = world.running(transport, store)
@@ -50,6 +51,7 @@ def test_a_vm_moves_all_day(world: World, transport: str, store: str) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("store", ["embedded", "ceph"])
 def test_the_service_dies_twenty_times_under_load(world: World, store: str) -> None:
     domain = world.running("vhost-user", store)
