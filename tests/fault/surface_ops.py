@@ -248,8 +248,11 @@ class Surface:
             return
         key, disk = chosen
         deep, to, new = self.random.random() < 0.6, self.random.choice(PLACES), self.name("i")
-        # librbd 16.2.15, alone, loses what a striped clone with an object map has from its parent.
-        self.ask("copy", *key, to, new, deep, first=not deep and disk.parent is not None)
+        # librbd 16.2.15, alone: a copy of a striped clone with an object map lacks what the parent has; a clone whose
+        # snapshot is in the trash cannot be copied deep.
+        clone = disk.parent is not None
+        lost = disk.parent is not None and disk.parent[1] not in disk.parent[0].snaps
+        self.ask("copy", *key, to, new, deep, first=lost if deep else clone)
         made = Disk(disk.head, disk.features, metadata=dict(disk.metadata))
         if deep:
             made.snaps, made.protected = dict(disk.snaps), set(disk.protected)
