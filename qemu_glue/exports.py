@@ -84,11 +84,13 @@ def vhost_user_blk(
     queue_size: int = 256,
     serial: str = "",
     block_size: int = 512,
+    whole_memory: bool = False,
     mode: int = 0o660,
     group: int = -1,
 ) -> Export:
     """Serves `image` (a rbdn_image *) on a new Unix socket; path None: only sockets that Export.serve() brings. OSError
-    when the socket or the export cannot be made."""
+    when the socket or the export cannot be made. `whole_memory`: for guests that may be suspended while this process is
+    replaced; they have 8 regions of memory at most (api_export.h)."""
     config = ffi.new("rbdn_vhost_config *")
     config.num_queues = num_queues
     config.queue_size_max = queue_size
@@ -96,6 +98,7 @@ def vhost_user_blk(
     config.write_cache = 1
     config.serial = serial.encode()[:20]
     config.logical_block_size = block_size
+    config.whole_memory = whole_memory
     error = ffi.new("int *")
     if path is None:
         handle = lib.rbdn_vhost_start(export_id, image, -1, config, error)

@@ -15,6 +15,9 @@ typedef struct {
     int write_cache;          /* offer VIRTIO_BLK_F_FLUSH/CONFIG_WCE (1) or every write is FUA (0) */
     char serial[21];          /* VIRTIO_BLK_T_GET_ID, NUL-terminated */
     uint32_t logical_block_size;
+    /* Have the whole memory table told each time, 8 regions at most, instead of one region at a time. QEMU 7.2 does not
+     * notice that the back end of a suspended guest was replaced: it believes the new one to know the regions already. */
+    int whole_memory;
 } rbdn_vhost_config;
 
 /* Serves one front end at a time on listen_fd (a second one is accepted after the first left). listen_fd -1: only those

@@ -276,6 +276,9 @@ rbdn_export *rbdn_vhost_start(uint64_t id, rbdn_image *image, int listen_fd, con
         .num_queues = c->num_queues, .queue_size_max = c->queue_size_max, .block_size = c->logical_block_size,
         .write_cache = c->write_cache,
     };
+    e->protocol = VHOST_PROTOCOL_FEATURES;
+    if (c->whole_memory)
+        e->protocol &= ~(1ULL << VHOST_P_CONFIGURE_MEM_SLOTS);
     e->writeback = c->write_cache;
     e->drain_ms = VHOST_DRAIN_MS;
     e->fenced_ms = VHOST_FENCED_MS;

@@ -87,7 +87,7 @@ static enum handled set_features(struct vhost_session *s, uint64_t features)
     /* QEMU 7.2 does not notice a back end that comes back while its guest is still on the way from another host: it goes
      * on where it was, with what it negotiated with the one before, which offered what we offer. */
     if (features & BIT(F_PROTOCOL_FEATURES) && !s->protocol_said)
-        s->protocol = VHOST_PROTOCOL_FEATURES;
+        s->protocol = s->export->protocol;
     if (!(features & BIT(F_PROTOCOL_FEATURES)))
         for (unsigned n = 0; n < VHOST_QUEUES_MAX; n++)
             s->rings[n].enabled = true;
@@ -98,7 +98,7 @@ static enum handled set_features(struct vhost_session *s, uint64_t features)
 
 static enum handled set_protocol_features(struct vhost_session *s, uint64_t features)
 {
-    if (features & ~VHOST_PROTOCOL_FEATURES || (any_running(s) && features != s->protocol))
+    if (features & ~s->export->protocol || (any_running(s) && features != s->protocol))
         return VIOLATION;
     s->protocol = features;
     s->protocol_said = true;
@@ -479,7 +479,7 @@ enum handled vhost_handle(struct vhost_session *s)
     case VHOST_SET_FEATURES:
         return set_features(s, m->u64);
     case VHOST_GET_PROTOCOL_FEATURES:
-        return reply_u64(s, VHOST_PROTOCOL_FEATURES);
+        return reply_u64(s, s->export->protocol);
     case VHOST_SET_PROTOCOL_FEATURES:
         return set_protocol_features(s, m->u64);
     case VHOST_SET_OWNER: /* a session has one owner from its first byte to its last */

@@ -26,6 +26,7 @@ struct vhost_export {
     struct export base;
     struct blk_device device;
     struct blk_settings settings;
+    uint64_t protocol; /* features offered */
     bool writeback; /* cache mode chosen by the driver */
     _Atomic unsigned drain_ms, fenced_ms, offer_ms; /* tests change them */
     struct reactor *reactor;

@@ -113,7 +113,10 @@ class Attachment:
         if self.disk.transport == "vhost-user":
             self._follow(self.number)
             serial = node.image_name.encode(errors="replace")[:20].decode(errors="ignore")
-            export = vhost_user_blk(self.number, node.native, None, writable=writable, num_queues=QUEUES, serial=serial)
+            export = vhost_user_blk(
+                self.number, node.native, None,
+                writable=writable, num_queues=QUEUES, serial=serial, whole_memory=True,
+            )  # fmt: skip
             self._exports.append((self.number, export))
             return
         self._server = NBDServer(NBD_CONNECTIONS_MAX)

@@ -23,6 +23,7 @@ SIDES = [
     pytest.param("nbd", "ceph", id="nbd on Ceph"),
 ]
 HOOK_SECONDS = 10.0  # promised: 5; the machine may be busy
+RECONNECT_SECONDS = 1.0  # between QEMU's attempts
 GONE_SECONDS = 2.0  # promised: 1; virsh and looking take a while, too
 
 
@@ -186,6 +187,21 @@ def test_a_domain_survives_the_service(world: World, store: str) -> None:
         wait_for(lambda at=at: "STAMP-TICK" in domain.console[at:], "the load to go on", 15)
         assert time.monotonic() - begin < 10
         world.check(domain, world.alpha)
+
+
+@pytest.mark.parametrize("store", ["embedded", "ceph"])
+def test_a_suspended_domain_survives_the_service(world: World, store: str) -> None:
+    """QEMU takes no notice of the new service before the guest is resumed."""
+    domain = world.running("vhost-user", store)
+    world.alpha.virsh("suspend", domain.name)
+    world.alpha.kill_service()
+    world.alpha.start_service()
+    time.sleep(2 * RECONNECT_SECONDS)
+    assert world.alpha.state(domain.name) == "paused"  # nobody resumed it meanwhile
+    at = len(domain.console)
+    world.alpha.virsh("resume", domain.name)
+    wait_for(lambda: "STAMP-TICK" in domain.console[at:], "the load to go on", 20)
+    world.check(domain, world.alpha)
 
 
 def test_without_the_service_nothing_starts_and_nothing_that_runs_is_harmed(world: World) -> None:

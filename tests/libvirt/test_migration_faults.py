@@ -124,7 +124,6 @@ def kill_qemu(host: Host, domain: Domain) -> None:
 
 @on(FOLDER)
 def test_the_hook_of_the_destination_refuses(trip: Trip) -> None:
-    trip.world.drop_suspended(trip.domain)
     trip.destination.kill_service()
     with pytest.raises(HostError, match="rbdpy"):
         trip.migrate()
@@ -144,7 +143,6 @@ def test_the_service_of_the_destination_hangs(trip: Trip) -> None:
 @on(FOLDER, (FOLDER,))
 def test_the_destination_does_not_have_the_image(trip: Trip) -> None:
     """Its service looks at another, empty store: the export is absent there."""
-    trip.world.drop_suspended(trip.domain)
     right = trip.domain.store
     trip.destination.kill_service()
     trip.destination.set_up(f"embedded:{trip.destination.folder}/empty")
@@ -367,7 +365,6 @@ def test_the_service_of_the_destination_is_killed_in_precopy(trip: Trip) -> None
 @on(FOLDER, (FOLDER,))
 def test_the_service_of_the_destination_is_killed_as_the_vm_arrives(trip: Trip) -> None:
     """QEMU finds nobody to start the disk with, and does not try again before it is stopped and continued."""
-    trip.world.drop_suspended(trip.domain)
     with events_of(trip.source) as events:
         events.at_once("RBD_HANDOFF_OFFERED", trip.destination.kill_service)
         with trip.migrating() as attempt:
@@ -380,7 +377,6 @@ def test_the_service_of_the_destination_is_killed_as_the_vm_arrives(trip: Trip) 
 def service_is_killed(trip: Trip, host: Host) -> None:
     """Long enough before the switch-over that QEMU, which tries once a second, is connected again: without its back end
     QEMU 7.2 moves a guest all the same, and forgets which requests were in flight."""
-    trip.world.drop_suspended(trip.domain)
     slow(trip.source, trip.domain, 6)
     with trip.migrating() as attempt:
         attempt.wait_for_part(0.3)

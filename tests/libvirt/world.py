@@ -124,13 +124,6 @@ class World:
                 del self.kept[key]
                 self.end(domain)
 
-    def drop_suspended(self, but: Domain) -> None:
-        """Before a service is killed: QEMU 7.2 never uses a vhost-user disk again whose service went while its VM was
-        suspended (ARCHITECTURE.md, "What limits it today")."""
-        for domain in list(self.kept.values()):
-            if domain is not but and domain.transport == "vhost-user":
-                self.drop_kept(domain)
-
     def look_at(self, domain: Domain) -> None:
         """What it wrote must be there; it is paused, or gone."""
         if domain.writes:
