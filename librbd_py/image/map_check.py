@@ -6,7 +6,7 @@ import errno
 
 from librbd_py.format import features as ft
 from librbd_py.format import notify as nf
-from librbd_py.format.object_map import EXISTS, EXISTS_CLEAN, NONEXISTENT
+from librbd_py.format.object_map import EXISTS, EXISTS_CLEAN, MAX_OBJECTS, NONEXISTENT
 from librbd_py.store.api import NOSNAP, SNAPDIR, ListSnaps, SnapSet
 
 from . import object_map
@@ -43,9 +43,11 @@ def snapset_of(handle: ImageHandle, objno: int) -> SnapSet | None:
 
 def states_of(handle: ImageHandle, progress: Progress | None = None) -> dict[int, bytearray]:
     """The maps of every snapshot and of HEAD (NOSNAP) as they should be. An object is clean when the same version
-    serves the snapshot before."""
+    serves the snapshot before. EFBIG: more objects than a map may have, so the size is damaged."""
     header = handle.header
     order = [*header.snaps, NOSNAP]
+    if max(header.layout.objects(header.size_at(snap_id)) for snap_id in order) > MAX_OBJECTS:
+        raise OSError(errno.EFBIG, f"an object map has {MAX_OBJECTS} objects at most")
     maps = {snap_id: bytearray(header.layout.objects(header.size_at(snap_id))) for snap_id in order}
     total = max(len(states) for states in maps.values())
     for objno in range(total):

@@ -134,18 +134,24 @@ def doomed(handle: ImageHandle, size: int) -> Iterator[int]:
     layout = header.layout
     total = layout.objects(header.size)
     first = (size // layout.period) * layout.stripe_count
+    for objno in present(handle, first, total):
+        if layout.used(objno, size) < layout.used(objno, header.size):
+            yield objno
+
+
+def present(handle: ImageHandle, first: int, end: int) -> Iterator[int]:
+    """Objects from `first` to before `end`, without those known not to exist; of very many those that are listed."""
     known = known_states(handle)
-    if known is not None and len(known) < total:
+    if known is not None and len(known) < end:
         known = None  # a map of another size
-    numbers: Iterable[int] = range(first, total)
-    if known is None and total - first > SCAN_LIMIT:
+    numbers: Iterable[int] = range(first, end)
+    if known is None and end - first > SCAN_LIMIT:
         prefix = handle.objects.prefix + "."
-        present = [oid.removeprefix(prefix) for oid in handle.data_ctx.objects() if oid.startswith(prefix)]
-        numbers = sorted(int(number, 16) for number in present if NUMBER.fullmatch(number))
+        listed = [oid.removeprefix(prefix) for oid in handle.data_ctx.objects() if oid.startswith(prefix)]
+        found = sorted(int(number, 16) for number in listed if NUMBER.fullmatch(number))
+        numbers = [objno for objno in found if first <= objno < end]
     for objno in numbers:
-        if objno < first or layout.used(objno, size) >= layout.used(objno, header.size):
-            continue
-        if known is None or objno >= len(known) or known[objno] != NONEXISTENT:
+        if known is None or known[objno] != NONEXISTENT:
             yield objno
 
 

@@ -11,7 +11,7 @@ from .handle import ImageHandle
 from .objects import exists, ignoring
 from .progress import Progress, report
 from .proxy import perform
-from .resize import map_keeper
+from .resize import map_keeper, present
 
 
 def sparsify(handle: ImageHandle, sparse_size: int, progress: Progress | None = None) -> None:
@@ -35,7 +35,7 @@ def _sparsify(handle: ImageHandle, sparse_size: int, progress: Progress | None) 
         keeper = map_keeper(handle)
         hidden = header.layout.objects(header.overlap_at(handle.snap_id))
         with handle.quiesced():
-            for objno in range(total):
+            for objno in present(handle, 0, total):
                 report(progress, objno, total)
                 # Below a parent an empty object is what hides the parent's.
                 removable = objno >= hidden

@@ -219,10 +219,28 @@ REFUSED = frozenset({"break lock", "remove", "trash restore", "trash remove", "m
 Damage = tuple[str, str, bytes | None]  # (object, "omap" | "xattr" | "data" | "object", key)
 
 
+def labels(io: ObjectContext) -> dict[str, str]:
+    """Ids, which are others in each world, and whose they are."""
+    found = {row["id"]: row["name"] for row in R.trash_list(io)}
+    for name in R.list(io):
+        with rbd.Image(io, name, read_only=True) as opened:
+            found[opened.id()] = name
+    it = rbd.Group(io, "group")
+    return found | {it.id(): "group", it.get_snap_info("together")["id"]: "together"}
+
+
 def records(io: ObjectContext) -> list[Damage]:
-    """All there is to damage."""
+    """All there is to damage, in an order that is the same in each world."""
+    names = labels(io)
+
+    def place(record: Damage) -> tuple[str, str, str]:
+        oid, key = record[0], (record[2] or b"").decode(errors="replace")
+        for some_id, name in names.items():
+            oid, key = oid.replace(some_id, name), key.replace(some_id, name)
+        return oid, record[1], key
+
     found: list[Damage] = []
-    for oid in sorted(io.objects()):
+    for oid in io.objects():
         if oid.startswith("rbd_data.") or oid in STRANGE:
             continue
         found.append((oid, "object", None))
@@ -231,7 +249,7 @@ def records(io: ObjectContext) -> list[Damage]:
         found += [(oid, "xattr", name.encode()) for name in io.read(oid, [GetXattrs()])[0]]
         if io.stat(oid).size:
             found.append((oid, "data", None))
-    return found
+    return sorted(found, key=place)
 
 
 def damage(io: ObjectContext, where: Damage, which: int) -> bool:
