@@ -71,11 +71,6 @@ boot: packages-boot $(if $(filter ceph,$(STORE)),packages-ceph) $(VENV)/installe
 test: setup-test ## the whole suite
 	@$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-# Two halves of the suite share the CPUs with guests and clusters. What fails there is said in full; a defect fails alone, too.
-test-again: ## what failed in the last `make test`, once more with nothing beside it (a handful at most)
-	@$(PY) -c 'import json, sys; sys.exit(not 0 < len(json.load(open(".pytest_cache/v/cache/lastfailed"))) <= 5)'
-	@$(PY) -m pytest --last-failed --last-failed-no-failures none $(PYTEST_ARGS)
-
 check: lint test ## linters, then the suite
 
 lint: setup-test ## ruff and mypy --strict
