@@ -218,6 +218,17 @@ def test_log_descriptor_is_taken_and_closed(vhost: Server) -> None:
         assert vhost.fds() == before
 
 
+def arrived(vhost: Server, memory: Memory, queue: Queue) -> Frontend:
+    """The next host's front end, before it starts the ring: its in-flight table is a new one."""
+    target = Frontend(vhost.path)
+    target.negotiate()
+    target.get_inflight(1, queue.num)
+    target.set_inflight()
+    target.set_features()
+    target.set_memory(memory)
+    return target
+
+
 def test_ring_whose_used_index_was_left_behind(vhost: Server) -> None:
     """QEMU lost the dirty log of the source, whose back end was killed: guest memory here says 2 of 5 are done, and
     the machine's state, which QEMU sends, 5. Nothing is done twice, and the sixth is done."""
@@ -229,12 +240,7 @@ def test_ring_whose_used_index_was_left_behind(vhost: Server) -> None:
         assert queue.used_idx() == 5
         source.sock.close()
         memory.write(queue.used + 2, struct.pack("<H", 2))
-        target = Frontend(vhost.path)
-        target.negotiate()
-        target.get_inflight(1, queue.num)
-        target.set_inflight()
-        target.set_features()
-        target.set_memory(memory)
+        target = arrived(vhost, memory, queue)
         submitted = vhost.stats().submitted
         head = source.build(T_OUT, 4, bytes(512))[0]
         queue.offer(head)
@@ -264,12 +270,7 @@ def test_ring_moves_to_another_server_with_nothing_in_flight(vhost: Server) -> N
         assert base == 5
         assert len(queue.take()) == 5
         source.sock.close()
-        target = Frontend(vhost.path)
-        target.negotiate()
-        target.get_inflight(1, queue.num)
-        target.set_inflight()
-        target.set_features()
-        target.set_memory(memory)
+        target = arrived(vhost, memory, queue)
         target.start(0, queue, base=base)
         assert target.read(4, 512) == bytes([4]) * 512
         target.sock.close()
