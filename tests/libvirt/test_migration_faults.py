@@ -171,7 +171,11 @@ def test_the_destination_dies_in_precopy(trip: Trip) -> None:
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 @on(CEPH)
 def test_it_is_cancelled(trip: Trip, share: float) -> None:
-    """Nearly all was sent, and the guest writes: without leave to stand still QEMU would send for ever."""
+    """Nearly all was sent, and the guest writes: without leave to stand still QEMU would send for ever.
+
+    QEMU 7.2 shuts the connection down before it notes that it was cancelled (migrate_fd_cancel: the return path is the
+    same socket), so a source that is just writing, and the destination, may report a broken connection instead.
+    """
     slow(trip.source, trip.domain, 16)
     patient(trip.source, trip.domain, 1)
     try:
@@ -181,7 +185,8 @@ def test_it_is_cancelled(trip: Trip, share: float) -> None:
     finally:
         patient(trip.source, trip.domain, 300)
     assert attempt.failure is not None
-    assert "cancel" in str(attempt.failure), attempt.failure
+    said = str(attempt.failure)
+    assert any(text in said for text in ("cancel", "Unable to write", "no longer running")), said
     trip.goes_on(trip.source)
 
 
