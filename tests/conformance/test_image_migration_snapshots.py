@@ -141,6 +141,23 @@ def test_an_object_that_a_crash_left_between_two_versions(cluster: Cluster, sour
     assert content(other, "a") == {**before, "": bytes(head)}
 
 
+def test_a_map_is_changed_while_an_object_is_between_two_versions(cluster: Cluster, source: ObjectContext) -> None:
+    """Object 2 has come to what the second snapshot sees, which the third does not; then another one comes."""
+    other = cluster.pool("other")
+    R.migration_prepare(source, "a", other, "b")
+    with ImageHandle.open(other, "b") as handle, handle.exclusive() as header:
+        second = sorted(header.snaps)[1]
+        history = objects.History(handle, header, 2)
+        [(step, there)] = [found for found in history.steps if found[1] == second]
+        handle.ctx.write(handle.oid, [OmapSet({objects.NOTE + b"%016x" % 2: b""})])
+        ops = objects.change(None, history.content(there), 1 << 22)
+        handle.data_ctx.write(handle.objects.oid(2), ops, objects.snap_context(step.older))
+        objects.bring(handle, header, 0)
+    R.migration_execute(other, "b")
+    R.migration_commit(other, "b")
+    maps_are_right(other, "b")
+
+
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("clone_format", [1, 2])
 def test_a_clone_migrates(clone_format: int, flatten: bool, cluster: Cluster, io: ObjectContext) -> None:

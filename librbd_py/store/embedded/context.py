@@ -17,7 +17,7 @@ from ..executor import check_name, execute_read, execute_write, has_writes
 from ..record import LayoutSpec
 from . import layouts as layout_index
 from . import snaps
-from .dataobjects import DataTransaction, MapTransaction, SnapMapTransaction, complete_map
+from .dataobjects import DataTransaction, MapTransaction, SnapMapView, complete_map
 from .layouts import LayoutRow
 from .notify import Dispatcher, Watcher
 from .objects import StoredTransaction
@@ -32,6 +32,10 @@ MAX_TIMEOUT = 1 << 31  # seconds of a watch
 SMALL = 1024  # bytes that an operation may write when there is little room
 ADDING = ("create", "metadata_set", "snapshot_add", "dir_add_image", "child_attach", "namespace_add")
 _PAGE = 1000  # object names read at once
+
+
+def _nothing_changes(spec: LayoutSpec | None) -> None:
+    """For a transaction that only reads."""
 
 
 class EmbeddedContext(api.ObjectContext):
@@ -54,12 +58,13 @@ class EmbeddedContext(api.ObjectContext):
         c: sqlite3.Connection,
         oid: str,
         ops: Sequence[Any],
-        header_changed: Callable[[LayoutSpec | None], None] = lambda spec: None,
+        header_changed: Callable[[LayoutSpec | None], None] | None = None,
     ) -> Iterator[StoredTransaction | DataTransaction]:
-        """What holds this object."""
+        """What holds this object; without `header_changed` for reading only."""
         store = self.store
         store.check_pool(c, self.pool_id)
         place = self._place(oid)
+        changed = header_changed or _nothing_changes
 
         def watchers() -> list[WatcherInfo]:
             return self._watchers(oid)
@@ -88,18 +93,18 @@ class EmbeddedContext(api.ObjectContext):
         map_of = layout_index.find_map(c, *place)
         if map_of is not None:
             with store.layouts.use(map_of) as layout:
-                image_map = MapTransaction(c, place, store.client, time.time_ns(), watchers, header_changed)
+                image_map = MapTransaction(c, place, store.client, time.time_ns(), watchers, changed)
                 image_map.layout = layout
                 yield image_map
             return
-        snap_map = layout_index.find_snap_map(c, *place)
+        snap_map = layout_index.find_snap_map(c, *place) if header_changed is None else None
         if snap_map is not None:
             with store.layouts.use(snap_map[0]) as layout:
-                of_snapshot = SnapMapTransaction(c, place, store.client, time.time_ns(), watchers, header_changed)
+                of_snapshot = SnapMapView(c, place, store.client, time.time_ns(), watchers, changed)
                 of_snapshot.complete = partial(complete_map, c, *snap_map, layout)
                 yield of_snapshot
             return
-        yield StoredTransaction(c, place, store.client, time.time_ns(), watchers, header_changed)
+        yield StoredTransaction(c, place, store.client, time.time_ns(), watchers, changed)
 
     def write(self, oid: str, ops: Sequence[Any], snapc: SnapContext = NO_SNAPS) -> list[Any]:
         """Durable on return, except the data of images, which is durable after the next change of metadata through

@@ -326,9 +326,10 @@ class MapTransaction(StoredTransaction):
         )
 
 
-class SnapMapTransaction(StoredTransaction):
-    """The object map of a snapshot. It is an ordinary object; but what was copied up after it was stored belongs to the
-    snapshot too, and readers see it. A change is made to what they see."""
+class SnapMapView(StoredTransaction):
+    """The object map of a snapshot, for readers. It is an ordinary object; but what was copied up after it was stored
+    belongs to the snapshot too, and they see it. A change is made to what is stored: what is found on the way may be an
+    object between two of the versions that a migration or a copy writes, and would stay."""
 
     complete: Callable[[bytes], bytes]
 
@@ -340,12 +341,6 @@ class SnapMapTransaction(StoredTransaction):
 
     def _data(self, row: Row) -> bytes:
         return self.complete(content.read_data(self.c, row.id, 0, row.size) if row.size else b"")
-
-    def apply(self, changes: Changes) -> None:
-        row = self.row
-        if row is not None and row.present and not all(is_keys_step(step) for step in changes.steps):
-            content.write_data(self.c, row.id, 0, self._data(row))
-        super().apply(changes)
 
 
 def complete_map(c: sqlite3.Connection, row: LayoutRow, snap_id: int, layout: Layout, data: bytes) -> bytes:
