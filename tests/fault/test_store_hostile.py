@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sqlite3
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +88,22 @@ def test_folders_that_others_may_enter_are_refused(path: Path, name: str, mode: 
     (path / name).chmod(mode)
     with refused(errno.EACCES):
         EmbeddedStore(path)
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o777])
+def test_an_empty_folder_is_closed_to_others(tmp_path: Path, mode: int) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    made.chmod(mode)
+    EmbeddedStore(made, create=True).close()
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    used = tmp_path / "used"
+    used.mkdir()
+    used.chmod(mode)
+    (used / "store.json").write_text("{}")
+    with refused(errno.EACCES):
+        EmbeddedStore(used, create=True)
+    assert stat.S_IMODE(used.stat().st_mode) == mode
 
 
 @pytest.mark.parametrize("name", [".", "run", "data", "meta.db", "store.json"])

@@ -26,7 +26,8 @@ class Folder:
 
     @classmethod
     def open(cls, path: str, *, create: bool = False) -> Folder:
-        """ELOOP for a symbolic link, EACCES for a folder that others own or may enter, ENOENT, ENOTDIR."""
+        """ELOOP for a symbolic link, EACCES for a folder that others own or may enter, ENOENT, ENOTDIR. With `create`
+        one that is not there is made, and our own empty one is closed to others."""
         return cls._open(path, path, None, create)
 
     @classmethod
@@ -51,11 +52,20 @@ class Folder:
                     os.fsync(sync_parent)
                 finally:
                     os.close(sync_parent)
+            elif create:
+                folder._close_if_empty()
             folder._check_mine()
         except BaseException:
             folder.close()
             raise
         return folder
+
+    def _close_if_empty(self) -> None:
+        """What mkdir made under the usual umask, and nobody has used: there is nothing in it to be trusted. What others
+        put there before it is closed goes through the checks of every name, owner and mode."""
+        status = os.fstat(self.fd)
+        if status.st_uid == os.geteuid() and status.st_mode & 0o077 and not os.listdir(self.fd):
+            os.fchmod(self.fd, 0o700)
 
     def _check_mine(self) -> None:
         status = os.fstat(self.fd)
