@@ -41,7 +41,9 @@ class Hand:
     def opened(self, place: str, name: str) -> Any:
         if (place, name) not in self._images:
             self._images[place, name] = self.rbd.Image(self.io(place), name)
-        return self._images[place, name]
+        image = self._images[place, name]
+        image.features()  # librbd has heard of changes, but cuts requests and copies features before it looks at them
+        return image
 
     def leave(self, place: str, name: str) -> None:
         image = self._images.pop((place, name), None)
@@ -70,7 +72,6 @@ class Hand:
 
     def copy(self, place: str, name: str, to: str, new: str, deep: bool) -> None:
         image = self.opened(place, name)
-        image.features()  # real librbd's deep copy takes those it knows, and forgets to look first when they changed
         (image.deep_copy if deep else image.copy)(self.io(to), new)
 
     def image(self, place: str, name: str, method: str, *args: Any) -> Any:
@@ -118,6 +119,9 @@ class Hand:
         image.rebuild_object_map()
         flags: int = image.flags()
         return flags
+
+    def migration_prepare(self, place: str, name: str, to: str, new: str) -> None:
+        self.r.migration_prepare(self.io(place), name, self.io(to), new)
 
     # --- trash, groups, namespaces
 

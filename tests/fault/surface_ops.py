@@ -36,6 +36,8 @@ class Disk:
     parent: tuple[Disk, str, int] | None = None  # (image, snapshot, format of the clone)
     group: str | None = None
     delayed: bool = False  # in the trash for longer than any program runs
+    doubted: bool = False  # librbd made an object map and left those of older snapshots invalid
+    grain: int = 0  # bytes of an object of an image that is not striped
 
     def __hash__(self) -> int:
         return id(self)
@@ -57,8 +59,9 @@ class Wrong(AssertionError):
 class Surface:
     """`clients` do the steps in turns; each must see what the model says after every step."""
 
-    def __init__(self, clients: list[Client]) -> None:
-        self.clients = clients
+    def __init__(self, clients: list[Client], *, librbd: bool = False) -> None:
+        """`librbd`: one of them is."""
+        self.clients, self.librbd = clients, librbd
         self.disks: dict[tuple[str, str], Disk] = {}
         self.trash: dict[tuple[str, str], Disk] = {}
         self.groups: dict[tuple[str, str], Group] = {}
@@ -72,17 +75,20 @@ class Surface:
 
     def run(self, program: list[int], every: int = 1) -> None:
         """Raises Wrong. State is compared after each `every`th step and at the end."""
+        busy = ["write", "write", "write", "create", "snap", "clone", "group_add", "group_snap", "group_snap"]
+        busy += ["group_rollback", "group_snap_remove", "group_snap_rename"]
         for number, seed in enumerate(program):
             self.random.seed(seed)
-            busy = ["write", "write", "write", "create", "snap", "clone", "group_add", "group_snap"]
-            verb = self.random.choice([*self.verbs, *busy]) if self.disks else "create"
-            before = len(self.log)
+            before, verb = len(self.log), ""
             try:
-                self.verbs[verb]()
-                if len(self.log) > before:
-                    self.counts[verb] += 1
-                    if number % every == 0 or number == len(program) - 1:
-                        self.compare()
+                for _ in range(4):  # many verbs need something that is not there
+                    verb = self.random.choice([*self.verbs, *busy]) if self.disks else "create"
+                    self.verbs[verb]()
+                    if len(self.log) > before:
+                        self.counts[verb] += 1
+                        break
+                if number % every == 0 or number == len(program) - 1:
+                    self.compare()
             except Exception as failure:
                 raise Wrong(f"step {number}, {verb}: {failure}\n" + "\n".join(self.log[-60:])) from failure
 
@@ -138,14 +144,15 @@ class Surface:
             states.append(state)
         if any(state != states[0] for state in states):
             raise Wrong(f"clients see different things:\n{differences(states[0], states[1])}")
-        found = {place: self._seen(state) for place, state in states[0].items()}
+        found = {place: self._seen(place, state) for place, state in states[0].items()}
         wanted = {place: self._wanted(place) for place in PLACES}
         if found != wanted:
             raise Wrong(f"found and not in the model, or the other way round:\n{differences(found, wanted)}")
 
-    def _seen(self, state: dict[str, Any]) -> dict[str, Any]:
+    def _seen(self, place: str, state: dict[str, Any]) -> dict[str, Any]:
         images = {}
         for name, row in state["images"].items():
+            doubted = (place, name) in self.disks and self.disks[place, name].doubted
             snaps = sorted([*key.split(" ")[:2], value[0], value[1]] for key, value in row["snaps"].items())
             images[name] = {
                 "head": row["head"],
@@ -153,7 +160,7 @@ class Surface:
                 "metadata": row["metadata"],
                 "group": row["group"],
                 "features": row["features"] & ~(ft.STRIPINGV2 | ft.DATA_POOL | ft.OPERATIONS),
-                "flags": row["flags"],
+                "flags": 0 if doubted else row["flags"],
             }
         return {"images": images, "trash": state["trash"], "groups": state["groups"]}
 
@@ -197,7 +204,7 @@ class Surface:
         order, unit, count = self.random.choice(SHAPES)
         data_pool = "data" if place == "rbd" and self.random.random() < 0.2 else None
         self.ask("create", place, name, size, order, features, unit, count, data_pool)
-        self.disks[place, name] = Disk(bytes(size), features)
+        self.disks[place, name] = Disk(bytes(size), features, grain=0 if unit else 1 << order)
 
     def do_write(self) -> None:
         chosen = self.pick(lambda disk: disk.head)
@@ -219,6 +226,34 @@ class Surface:
         length = min(self.random.randint(1, 30000), len(disk.head) - offset)
         self.ask("zero", *key, offset, length)
         disk.head = disk.head[:offset] + bytes(length) + disk.head[offset + length :]
+
+    def do_discard(self) -> None:
+        """Whole objects of what is no clone: all else may stay as it was."""
+        chosen = self.pick(lambda disk: disk.grain and disk.grain <= len(disk.head) and disk.parent is None)
+        if chosen is None:
+            return
+        key, disk = chosen
+        first = self.random.randrange(len(disk.head) // disk.grain)
+        count = self.random.randint(1, len(disk.head) // disk.grain - first)
+        offset, length = first * disk.grain, count * disk.grain
+        self.ask("image", *key, "discard", offset, length)
+        disk.head = disk.head[:offset] + bytes(length) + disk.head[offset + length :]
+
+    def do_lock(self) -> None:
+        """A lock of a user's own, where librbd takes none for itself."""
+        chosen = self.pick(lambda disk: not disk.features & ft.EXCLUSIVE_LOCK)
+        if chosen is None:
+            return
+        key = chosen[0]
+        owner = self.random.choice(self.clients)
+        results = [client.call("image", *key, "lock_exclusive", "cookie") for client in [owner, *self.clients]]
+        wanted = ["ImageExists" if client is owner else "ImageBusy" for client in self.clients]
+        self.log.append(f"lock {key} by client {self.clients.index(owner)}, then by all: {results}")
+        if results != [["ok", None], *(["error", name] for name in wanted)]:
+            raise Wrong(f"a lock of {key}: {results}")
+        kind, error = owner.call("image", *key, "unlock", "cookie")
+        if kind == "error":
+            raise Wrong(f"unlocking {key}: {error}")
 
     def do_resize(self) -> None:
         chosen = self.pick()
@@ -253,7 +288,7 @@ class Surface:
         clone = disk.parent is not None
         lost = disk.parent is not None and disk.parent[1] not in disk.parent[0].snaps
         self.ask("copy", *key, to, new, deep, first=lost if deep else clone)
-        made = Disk(disk.head, disk.features, metadata=dict(disk.metadata))
+        made = Disk(disk.head, disk.features, metadata=dict(disk.metadata), grain=disk.grain)
         if deep:
             made.snaps, made.protected = dict(disk.snaps), set(disk.protected)
             if disk.parent is not None and self.ask("has_parent", to, new):
@@ -286,6 +321,7 @@ class Surface:
         else:
             self.ask("image", *key, "update_features", ft.OBJECT_MAP | ft.FAST_DIFF, True)
             disk.features |= ft.OBJECT_MAP | ft.FAST_DIFF
+            disk.doubted = self.librbd and not self.bare(disk)  # a rebuild by librbd is one of HEAD's map
             if self.ask("rebuild", *key):
                 raise Wrong(f"{key}: flags are left after a rebuild")
 
@@ -310,6 +346,34 @@ class Surface:
             value = self.name("value")
             self.ask("image", *key, "metadata_set", name, value)
             disk.metadata[name] = value
+
+    def do_migrate(self) -> None:
+        """Each step by somebody, and used on the way."""
+        chosen = self.pick(lambda disk: disk.group is None and not self.kids(disk) and not self.in_groups(disk))
+        if chosen is None:
+            return
+        key, disk = chosen
+        to, new = self.random.choice(PLACES), self.name("i")
+        self.alone(key)
+        if disk.parent is not None and disk.parent[1] not in disk.parent[0].snaps:
+            self.ask("migration_prepare", *key, to, new, error="InvalidArgument", first=True)  # librbd: or not found
+            return
+        # librbd 16 wants the parent's snapshot protected, unless no older clients may connect to the cluster
+        self.ask("migration_prepare", *key, to, new, first=disk.parent is not None)
+        there = (to, new)
+        if disk.head and self.random.random() < 0.7:
+            at = self.random.randrange(len(disk.head))
+            length = min(self.random.randint(1, 5000), len(disk.head) - at)
+            self.ask("write", *there, at, length, 77)
+            disk.head = disk.head[:at] + b"M" * length + disk.head[at + length :]
+            self.alone(there)
+        if self.random.random() < 0.3:
+            self.ask("pool", to, "migration_abort", new)
+            return
+        self.ask("pool", to, "migration_execute", new)
+        self.ask("pool", to, "migration_commit", new)
+        del self.disks[key]
+        self.disks[there] = disk
 
     # --- snapshots and clones
 
@@ -394,7 +458,11 @@ class Surface:
         child, features, order = self.name("i"), self.random.choice(SETS), self.random.choice((14, 15))
         self.ask("clone", *key, snap, to, child, features, order, form)
         self.disks[to, child] = Disk(
-            disk.snaps[snap], features, metadata=dict(disk.metadata), parent=(disk, snap, form)
+            disk.snaps[snap],
+            features,
+            metadata=dict(disk.metadata),
+            parent=(disk, snap, form),
+            grain=disk.grain and 1 << order,
         )
 
     def do_flatten(self) -> None:
@@ -470,7 +538,7 @@ class Surface:
 
     def do_group_leave(self) -> None:
         chosen = self.a_group()
-        if chosen is not None and chosen[1].members:
+        if chosen is not None and chosen[1].members and self.random.random() < 0.6:
             key, group = chosen
             disk = self.random.choice(group.members)
             image = next(name for (_, name), row in self.disks.items() if row is disk)
@@ -524,7 +592,9 @@ class Surface:
 
     def do_group_remove(self) -> None:
         chosen = self.a_group()
-        if chosen is None or any(disk in self.trash.values() for held in chosen[1].snaps.values() for disk in held):
+        if chosen is None or (chosen[1].members and self.random.random() < 0.8):
+            return
+        if any(disk in self.trash.values() for held in chosen[1].snaps.values() for disk in held):
             return
         key, group = chosen
         self.ask("pool", key[0], "group_remove", key[1])

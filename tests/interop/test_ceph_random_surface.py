@@ -19,7 +19,7 @@ from tests.fault.surface_hand import on_cluster
 from tests.fault.surface_ops import Surface, Wrong, shrink
 
 SOAK = bool(os.environ.get("RBDPY_SOAK"))
-SEED = int(os.environ.get("RBDPY_SEED") or (random.SystemRandom().randrange(1 << 32) if SOAK else 20261123))
+SEED = int(os.environ.get("RBDPY_SEED") or (random.SystemRandom().randrange(1 << 32) if SOAK else 20261128))
 SEQUENCES = 100 if SOAK else 8
 STEPS = 40
 _numbers = itertools.count(1)
@@ -67,7 +67,7 @@ def run(conf: str, remote: Remote, program: list[int]) -> Counter[str]:
                         rbd.RBD().namespace_create(io, "space")
             ours = on_cluster(rbd, cluster, prefix)
             remote.begin(prefix)
-            surface = Surface([ours, remote])
+            surface = Surface([ours, remote], librbd=True)
             try:
                 surface.run(program, every=4)
             finally:
@@ -79,6 +79,11 @@ def run(conf: str, remote: Remote, program: list[int]) -> Counter[str]:
                 cluster.delete_pool(pool)
 
 
+def program_of(number: int) -> list[int]:
+    seeds = random.Random(SEED * 1000 + number)
+    return [seeds.randrange(1 << 32) for _ in range(STEPS)]
+
+
 def test_random_programs_by_us_and_librbd_in_turns(ceph_conf: str, remote: Remote) -> None:
     def failure(some: list[int]) -> str:
         try:
@@ -87,9 +92,15 @@ def test_random_programs_by_us_and_librbd_in_turns(ceph_conf: str, remote: Remot
             return str(wrong)
         return ""
 
+    counts: Counter[str] = Counter()
     for number in range(SEQUENCES):
-        seeds = random.Random(SEED * 1000 + number)
-        program = [seeds.randrange(1 << 32) for _ in range(STEPS)]
-        if failure(program):
+        program = program_of(number)
+        try:
+            counts += run(ceph_conf, remote, program)
+        except Wrong:
             short = shrink(program, lambda some: bool(failure(some)), 25)
             pytest.fail(f"RBDPY_SEED={SEED}, sequence {number}, {short}: {failure(short)}")
+    print(f"RBDPY_SEED={SEED}: {SEQUENCES} sequences, {counts.total()} steps")
+    print(", ".join(f"{verb} {count}" for verb, count in counts.most_common()))
+    never = set(Surface([]).verbs) - set(counts)
+    assert not never, f"verbs that were never run: {sorted(never)}"

@@ -27,7 +27,7 @@ from .. import cls, snapshots
 from ..clones import attach, children_of
 from ..directory import DEFAULTS, CreateOptions, create, other_watchers, plan, require_free, require_name
 from ..handle import ImageHandle, announce
-from ..header import Header
+from ..header import Header, header_oid
 from ..quiesce import SKIP_QUIESCE
 from ..resize import resize
 from ..trash import move_to_trash
@@ -51,8 +51,8 @@ def prepare(
     the source's. Both are of one store.
 
     ENOENT; EBUSY: it is open, or has snapshots that are no user's; EEXIST: there is an image of that name; EROFS: it
-    migrates already; EINVAL: it has clones, and the destination would have no layering; and what creating an image
-    raises. Whatever fails leaves everything as it was.
+    migrates already; EINVAL: it has clones, and the destination would have no layering, or its parent's snapshot is in
+    the trash; and what creating an image raises. Whatever fails leaves everything as it was.
     """
     dest_name = dest_name or name
     require_name(dest_name)
@@ -63,6 +63,8 @@ def prepare(
         chosen = _options(header, options)
         checked = plan(dest_ctx, header.size, chosen)
         _check_snapshots(handle, checked.features)
+        if header.clone_of.exists and not flatten:
+            _check_parent(handle)
         if (dest_ctx.pool_id, dest_ctx.namespace, dest_name) != (ctx.pool_id, ctx.namespace, name):
             require_free(dest_ctx, dest_name)
         dest = Side(dest_ctx, dest_name, names.make_id(ctx.store.client.gid), None)
@@ -119,6 +121,14 @@ def _check_snapshots(handle: ImageHandle, features: int) -> None:
             raise OSError(errno.EBUSY, f"image {handle.name} has snapshots {what}, which do not migrate")
     if handle.header.has(ft.LAYERING) and not features & ft.LAYERING and children_of(handle):
         raise OSError(errno.EINVAL, "the image has clones, and the destination would have no layering")
+
+
+def _check_parent(handle: ImageHandle) -> None:
+    """A snapshot that waits in the trash for its clones to go takes no new ones. EINVAL, as of librbd."""
+    spec = handle.header.clone_of
+    parent = handle.store.open(spec.pool_id, spec.pool_namespace)
+    if cls.read_snapshots(parent, header_oid(spec.image_id), [spec.snap_id])[0].is_trash:
+        raise OSError(errno.EINVAL, "the parent's snapshot is in the trash: the image migrates flattened only")
 
 
 def _make(handle: ImageHandle, source: Side, dest: Side, options: CreateOptions, flatten: bool) -> None:
