@@ -18,7 +18,7 @@ from .cls import Snapshot, call, text, u8, u64
 from .content import read_view
 from .handle import ImageHandle, announce
 from .header import Header, header_oid, load
-from .objects import ignoring
+from .objects import exists, ignoring
 from .progress import Progress, report
 from .proxy import perform
 from .quiesce import guests_quiesced
@@ -153,6 +153,8 @@ def _remove_now(handle: ImageHandle, snap: Snapshot) -> None:
             newer = min((other for other in header.snaps if other > snap.id), default=NOSNAP)
             try:
                 object_map.snap_remove(handle.ctx, handle.id, snap.id, newer)
+                if header.flags_at(snap.id):  # what changed before the snapshot is known to nobody
+                    object_map.invalidate(handle.ctx, handle.oid, [newer], ft.FLAG_FAST_DIFF_INVALID)
             except OSError as failure:
                 log.warning("image %s: object map of snapshot %d: %s", handle.id, snap.id, failure)
                 object_map.invalidate(handle.ctx, handle.oid, [newer], ft.FLAG_FAST_DIFF_INVALID)
@@ -350,13 +352,16 @@ def _absent(handle: ImageHandle, snap_id: int) -> bytes | None:
 
 def _map_rolled_back(handle: ImageHandle, snap_id: int) -> None:
     """Existence is the snapshot's. Nothing may be called clean: what is clean in the snapshot's map is clean against
-    the snapshot before it, not against the newest."""
+    the snapshot before it, not against the newest. A map of the snapshot that is not to be believed (librbd rebuilds
+    HEAD's alone) says nothing: the objects are asked."""
     header = handle.header
     if not header.has(ft.OBJECT_MAP):
         return
     try:
-        states = object_map.load(handle.ctx, handle.id, snap_id)
         count = header.layout.objects(header.size)
+        states = known_states(handle, snap_id)
+        if states is None:
+            states = bytearray(EXISTS if exists(handle.data_ctx, handle.objects.oid(n)) else 0 for n in range(count))
         present = bytearray(NONEXISTENT if state == NONEXISTENT else EXISTS for state in states[:count])
         object_map.save(handle.ctx, handle.id, NOSNAP, bytes(present) + bytes(count - len(present)), locked=True)
     except OSError as failure:

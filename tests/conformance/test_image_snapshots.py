@@ -6,7 +6,7 @@ import pytest
 from image_fixtures import MIB, Cluster, R, cluster, eventually, heads, io, refused
 
 from librbd_py import rbd
-from librbd_py.image import map_check
+from librbd_py.image import map_check, object_map
 from librbd_py.store.api import ObjectContext
 
 __all__ = ["cluster", "io"]
@@ -205,6 +205,24 @@ def test_rollback_restores_content_and_size(io: ObjectContext, order: int) -> No
         steps: list[tuple[int, int]] = []
         image.rollback_to_snap("one", on_progress=lambda *step: steps.append(step))
         assert len(steps) == image.stat()["num_objs"]
+
+
+def test_a_map_that_is_marked_wrong_goes_nowhere_else(io: ObjectContext) -> None:
+    """As librbd leaves those of older snapshots when it makes one: not to be believed, and empty."""
+    R.create(io, "a", 8 << 12, order=12)
+    with rbd.Image(io, "a") as image:
+        image.write(b"1" * 5000, 0)
+        image.create_snap("one")
+        number = image.snap_get_id("one")
+        image.write(b"2" * 5000, 4 << 12)
+        object_map.save(io, image.id(), number, bytes(8))
+        object_map.invalidate(io, image.handle.oid, [number], map_check.BOTH_INVALID)
+        image.handle.refresh()
+        image.rollback_to_snap("one")
+        assert image.read(0, 5000) == b"1" * 5000 and image.flags() == 0
+        assert [row for row in map_check.differences(image.handle) if row.startswith("HEAD")] == []
+        image.remove_snap("one")
+        assert image.flags() == rbd.RBD_FLAG_FAST_DIFF_INVALID
 
 
 def test_removed_snapshots_free_their_data(io: ObjectContext) -> None:

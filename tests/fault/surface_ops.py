@@ -445,7 +445,7 @@ class Surface:
         chosen = self.snapshot()
         if chosen is not None:
             key, disk, snap = chosen
-            self.ask("rollback", *key, snap)
+            self.ask("rollback", *key, snap, first=disk.doubted)  # librbd 16 takes a map that is marked invalid
             disk.head = disk.snaps[snap]
 
     def do_clone(self) -> None:
@@ -572,7 +572,7 @@ class Surface:
         chosen = self.group_snapshot()
         if chosen is not None and not any(disk in self.trash.values() for disk in chosen[1].snaps[chosen[2]]):
             key, group, snap = chosen
-            self.ask("group", *key, "rollback_to_snap", snap)
+            self.ask("group", *key, "rollback_to_snap", snap, first=any(disk.doubted for disk in group.snaps[snap]))
             for disk, data in group.snaps[snap].items():
                 disk.head = data
 
