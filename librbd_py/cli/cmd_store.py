@@ -1,4 +1,5 @@
-"""`rbdpy store check`: verifies an embedded store that nobody uses and explains each finding."""
+"""`rbdpy store check`: verifies an embedded store that nobody uses, or the images of a cluster, and explains each
+finding."""
 
 from __future__ import annotations
 
@@ -7,21 +8,30 @@ import argparse
 from librbd_py.cli.output import Rows, Section
 from librbd_py.cli.registry import command, with_format
 from librbd_py.cli.session import Failure, Session, code_of
-from librbd_py.store import default_url
+from librbd_py.store import default_url, is_ceph
 
 
 def with_repair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repair", action="store_true", help="mend what can be mended without losing data")
+    parser.add_argument(
+        "--snapshots",
+        action="store_true",
+        help="on Ceph, look whether data objects keep anything for snapshots that are no more",
+    )
 
 
-@command("store check", "Verify the embedded store offline and explain each finding.", with_repair, with_format)
+@command("store check", "Verify a store and explain each finding: an embedded one offline.", with_repair, with_format)
 def check(session: Session) -> None:
+    from librbd_py.store.check import pools
     from librbd_py.store.embedded import check as checker
 
     url = session.options.store or default_url()
-    path = url.removeprefix("embedded:")
+    repair = session.options.repair
     try:
-        findings = checker.check(path, repair=session.options.repair)
+        if is_ceph(url):
+            findings = pools.check(session.light_store(), repair=repair, snapshots=session.options.snapshots)
+        else:
+            findings = checker.check(url.removeprefix("embedded:"), repair=repair)
     except OSError as error:
         raise Failure(f"rbd: store check: {error.strerror or error}", code_of(error)) from None
     rows = Rows(

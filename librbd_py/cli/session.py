@@ -245,19 +245,26 @@ class Session:
 
     def context(self, spec: Spec) -> ObjectContext:
         """What `ioctx` is made of, without loading what programs see of a cluster: for commands that only list."""
-        from librbd_py import store as stores
-
         pool = self.pool_name(spec)
+        cluster = self.light_store()
         try:
-            if self._light is None:
-                self._light = stores.connect(self._url())
-            ctx = self._light.open(pool)
+            ctx = cluster.open(pool)
         except OSError as error:
-            raise self._no_pool(pool, error) if self._light else _no_cluster(error) from None
+            raise self._no_pool(pool, error) from None
         if not spec.namespace:
             return ctx
         self._require_namespace(ctx, spec.namespace)
-        return self._light.open(pool, spec.namespace)
+        return cluster.open(pool, spec.namespace)
+
+    def light_store(self) -> Store:
+        from librbd_py import store as stores
+
+        try:
+            if self._light is None:
+                self._light = stores.connect(self._url())
+        except OSError as error:
+            raise _no_cluster(error) from None
+        return self._light
 
     def _url(self) -> str | None:
         from librbd_py import store as stores

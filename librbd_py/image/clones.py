@@ -97,7 +97,10 @@ def attach(
     metadata: bool = True,
 ) -> None:
     """Ties a new, empty image to the snapshot `parent` is open at, of which it sees `overlap` bytes (None: all). It
-    gets the parent's `metadata`."""
+    gets the parent's `metadata`. In another namespace than the parent's nobody looks for clones of format 1, so it is
+    one of format 2 there."""
+    if parent.ctx.namespace != ctx.namespace:
+        clone_format = 2
     header = parent.header
     spec = ParentImageSpec(parent.ctx.pool_id, parent.ctx.namespace, parent.id, parent.snap_id)
     size = header.size_at(parent.snap_id)

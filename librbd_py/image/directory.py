@@ -320,10 +320,10 @@ def check_removable(handle: ImageHandle) -> None:
         raise OSError(errno.ENOTEMPTY, f"image {handle.name} has snapshots")
     if other_watchers(handle):
         raise OSError(errno.EBUSY, f"image {handle.name} is open elsewhere")
-    if header.snaps:
-        raise OSError(errno.ENOTEMPTY, f"image {handle.name} has snapshots in the trash that clones need")
     if cls.group_of(handle.ctx, handle.oid)[0] != -1:
         raise OSError(errno.EMLINK, f"image {handle.name} belongs to a group")
+    if header.snaps:
+        raise OSError(errno.ENOTEMPTY, f"image {handle.name} has snapshots in the trash that clones need")
 
 
 def other_watchers(handle: ImageHandle) -> int:

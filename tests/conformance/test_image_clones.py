@@ -181,6 +181,61 @@ def test_flatten_with_and_without_deep_flatten(parent: ObjectContext) -> None:
         assert children(image) == []
 
 
+def test_a_format_1_clone_that_goes_to_another_namespace_keeps_its_parent(cluster: Cluster, io: ObjectContext) -> None:
+    """Clones of format 1 are looked for in the parent's namespace only: away from it they are of format 2."""
+    R.namespace_create(io, "space")
+    space = cluster.pool("rbd", "space")
+    R.create(io, "p", MIB, order=20)
+    with rbd.Image(io, "p") as image:
+        image.write(b"A" * 100, 0)
+        image.create_snap("s")
+        image.protect_snap("s")
+        for name in ("moves", "is copied", "stays"):
+            clones.clone(io, "p", "s", io, name, clone_format=1)
+        R.migration_prepare(io, "moves", space, "moves")
+        R.migration_execute(space, "moves")
+        R.migration_commit(space, "moves")
+        with rbd.Image(io, "is copied") as child:
+            child.deep_copy(space, "is copied")
+        refused(rbd.ImageBusy, 16, image.unprotect_snap, "s")
+        for name in ("is copied", "stays"):
+            R.remove(io, name)
+        image.unprotect_snap("s")
+        image.remove_snap("s")  # to the trash: it has clones
+        for name in ("moves", "is copied"):
+            with rbd.Image(space, name) as child:
+                assert (child.op_features(), child.read(0, 1)) == (rbd.RBD_OPERATION_FEATURE_CLONE_CHILD, b"A")
+            assert len(list(image.list_snaps())) == 1
+            R.remove(space, name)
+        assert list(image.list_snaps()) == []
+
+
+def test_the_format_1_clones_of_an_image_that_goes_to_another_namespace(cluster: Cluster, io: ObjectContext) -> None:
+    R.namespace_create(io, "space")
+    space = cluster.pool("rbd", "space")
+    R.create(io, "p", MIB, order=20)
+    with rbd.Image(io, "p") as image:
+        image.write(b"A" * 100, 0)
+        image.create_snap("s")
+        image.protect_snap("s")
+    clones.clone(io, "p", "s", io, "c", clone_format=1)
+    R.migration_prepare(io, "p", space, "p")
+    R.migration_abort(space, "p")
+    with rbd.Image(io, "p") as image:
+        assert children(image) == ["c"]
+    R.migration_prepare(io, "p", space, "p")
+    R.migration_execute(space, "p")
+    R.migration_commit(space, "p")
+    with rbd.Image(space, "p") as image:
+        assert children(image) == ["c"]
+        image.unprotect_snap("s")
+        image.remove_snap("s")
+        with rbd.Image(io, "c") as child:
+            assert child.read(0, 1) == b"A"
+        R.remove(io, "c")
+        assert list(image.list_snaps()) == []
+
+
 def test_format_1_clones_need_protection(cluster: Cluster, parent: ObjectContext) -> None:
     other = cluster.pool("other")
     with pytest.raises(OSError) as caught:

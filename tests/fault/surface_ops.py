@@ -128,6 +128,15 @@ class Surface:
             and form in (None, kid.parent[2])
         ]
 
+    def moved_parent(self, disk: Disk, to: str) -> tuple[Disk, str, int] | None:
+        """A clone of format 1 in another namespace than its parent becomes one of format 2; librbd 16 has it lost
+        there: its parent's snapshot can be unprotected."""
+        if disk.parent is None:
+            return None
+        places = [key[0] for key, it in [*self.disks.items(), *self.trash.items()] if it is disk.parent[0]]
+        form = 2 if places[0].partition("/")[2] != to.partition("/")[2] else disk.parent[2]
+        return (*disk.parent[:2], form)
+
     def in_groups(self, disk: Disk) -> list[str]:
         return sorted(name for group in self.groups.values() for name, held in group.snaps.items() if disk in held)
 
@@ -287,12 +296,13 @@ class Surface:
         # snapshot is in the trash cannot be copied deep.
         clone = disk.parent is not None
         lost = disk.parent is not None and disk.parent[1] not in disk.parent[0].snaps
-        self.ask("copy", *key, to, new, deep, first=lost if deep else clone)
+        away = disk.parent != self.moved_parent(disk, to)
+        self.ask("copy", *key, to, new, deep, first=lost or away if deep else clone)
         made = Disk(disk.head, disk.features, metadata=dict(disk.metadata), grain=disk.grain)
         if deep:
             made.snaps, made.protected = dict(disk.snaps), set(disk.protected)
             if disk.parent is not None and self.ask("has_parent", to, new):
-                made.parent = disk.parent
+                made.parent = self.moved_parent(disk, to)
                 made.metadata = {**disk.parent[0].metadata, **disk.metadata}  # as of any clone
         self.disks[to, new] = made
 
@@ -301,11 +311,14 @@ class Surface:
         assert chosen is not None
         key, disk = chosen
         self.alone(key)
-        if not self.bare(disk):
+        if disk.snaps or self.in_groups(disk):
             self.ask("remove", *key, error="ImageHasSnapshots")
             return
         if disk.group is not None:
             self.ask("remove", *key, error="OSError")  # EMLINK
+            return
+        if not self.bare(disk):
+            self.ask("remove", *key, error="ImageHasSnapshots")
             return
         self.ask("remove", *key)
         del self.disks[key]
@@ -372,6 +385,7 @@ class Surface:
             return
         self.ask("pool", to, "migration_execute", new)
         self.ask("pool", to, "migration_commit", new)
+        disk.parent = self.moved_parent(disk, to)
         del self.disks[key]
         self.disks[there] = disk
 

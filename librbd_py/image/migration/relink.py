@@ -55,19 +55,22 @@ def _move_child(source: Side, old: ParentImageSpec, dest: Side, new: ParentImage
         return  # listed, and gone
     if header.clone_of not in (old, new):
         return  # listed by mistake: a crash left it
-    second = bool(header.op_features & ft.OP_CLONE_CHILD)
+    was_second = bool(header.op_features & ft.OP_CLONE_CHILD)
+    # Nobody looks for clones of format 1 in another namespace than the parent's.
+    second = was_second or new.pool_namespace != child.pool_namespace
     with ignoring(errno.EEXIST):
         if second:
             dest.ctx.exec(dest.oid, "rbd", "child_attach", u64(new.snap_id) + cls.encoded(child))
         else:
             ctx.exec(names.CHILDREN, "rbd", "add_child", cls.parent_key(new) + text(child.image_id))
+    if second and not was_second:
+        ctx.exec(oid, "rbd", "op_features_set", u64(ft.OP_CLONE_CHILD) + u64(ft.OP_CLONE_CHILD))
     if header.clone_of == old:
         _point(source, ctx, oid, old, new)
+    with ignoring(errno.ENOENT):  # cut short, one that became of format 2 may be in either list
+        source.ctx.exec(source.oid, "rbd", "child_detach", u64(old.snap_id) + cls.encoded(child))
     with ignoring(errno.ENOENT):
-        if second:
-            source.ctx.exec(source.oid, "rbd", "child_detach", u64(old.snap_id) + cls.encoded(child))
-        else:
-            ctx.exec(names.CHILDREN, "rbd", "remove_child", cls.parent_key(old) + text(child.image_id))
+        ctx.exec(names.CHILDREN, "rbd", "remove_child", cls.parent_key(old) + text(child.image_id))
     announce(ctx, oid)
 
 

@@ -15,34 +15,21 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from librbd_py.format.values import dataclass
-
 from .. import layout as native
+from ..check.groups import Groups
+from ..check.images import ImageChecker
+from ..check.leftovers import Leftovers
+from ..check.records import ERROR, NOTE, RUN_REPAIR, WARNING, Finding
 from ..record import MAX_OBJECT_SIZE
 from . import objects, reserve
-from .check_groups import Groups
-from .check_images import ImageChecker
-from .check_leftovers import Leftovers
+from .check_data import Layouts, Rows, believes_map, check_snapshots
 from .client import GUARD, Presence, lock_file
 from .database import Database
 from .folder import Folder, wait_lock
 from .layouts import ORDERS, LayoutRow
 from .schema import APPLICATION_ID, CHUNK, CHUNK_SHIFT, MAP_IN_LAYOUT, ORDINARY, SIDE, STORE_VERSION, VERSION
 
-ERROR = "error"  # data or metadata is wrong
-WARNING = "warning"  # something that should not be, without harm so far
-NOTE = "note"  # left by a crash; cleared up by itself or by --repair
-RUN_REPAIR = "run the check with --repair"
 MAX_FINDINGS = 1000  # of one rule
-
-
-@dataclass(frozen=True)
-class Finding:
-    severity: str  # "error", "warning", "note"
-    where: str
-    what: str
-    advice: str
-    repaired: bool = False
 
 
 def check(path: str | os.PathLike[str], *, repair: bool = False) -> list[Finding]:
@@ -171,15 +158,15 @@ class Checker:
                 trash = {row[0] for row in c.execute("SELECT folder FROM trash")}
                 last = c.execute("SELECT value FROM counters WHERE name='folder'").fetchone()[0]
                 self._check_names(c, data, {row.folder for row in rows}, trash, last)
-                images = ImageChecker(self, c, data)
+                records = Rows(c)
+                images = ImageChecker(self, records, Layouts(c, data))
                 for row in rows:
-                    self._check_layout(c, data, row, images.believes_map(row))
+                    self._check_layout(c, data, row, believes_map(images.headers, row))
                 images.run()
-                leftovers = Leftovers(self, c, images.headers)
-                leftovers.run()
-                Groups(self, c, images.headers).run()
+                Leftovers(self, records, images.headers).run()
+                Groups(self, records, images.headers).run()
                 for row in rows:
-                    leftovers.snapshots(row, data)
+                    check_snapshots(self, c, images.headers, row, data)
         finally:
             data.close()
 

@@ -1,10 +1,9 @@
-"""Verification of RBD's own rules in an embedded store: directories, headers, parents and children, object maps."""
+"""Verification of RBD's own rules: directories, headers, parents and children, object maps."""
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
 
 from librbd_py.format import features, names, object_map
 from librbd_py.format.encoding import DecodeError, Decoder, encode_string
@@ -25,30 +24,22 @@ from librbd_py.format.header import (
     snap_key,
 )
 
-from .. import layout as native
-from . import content
-from .folder import Folder
-from .layouts import LayoutRow, of_header
-from .objects import Row, load_row
-from .schema import MAP_IN_LAYOUT
-
-if TYPE_CHECKING:
-    from .check import Checker
+from .records import ERROR as _ERROR
+from .records import NOTE as _NOTE
+from .records import WARNING as _WARNING
+from .records import Records, Report
 
 T = TypeVar("T")
-_ERROR = "error"
-_WARNING = "warning"
-_NOTE = "note"
 _REMOVE = "if nobody needs the image, remove it; otherwise add it to the directory again"
 
 
 class Header:
     """What one rbd_header.<id> says. Damaged values are None and reported once."""
 
-    def __init__(self, checker: ImageChecker, row: Row, place: tuple[int, str, str]) -> None:
+    def __init__(self, rows: dict[bytes, bytes], place: tuple[int, str, str]) -> None:
         self.pool, self.namespace, self.oid = place
         self.image_id = self.oid[len(names.HEADER_PREFIX) :]
-        self._omap = dict(content.omap_rows(checker.c, row.id, b"", b""))
+        self._omap = rows
         self.problems: list[str] = []
         self.size = self._number(b"size", 8)
         self.order = self._number(b"order", 1)
@@ -96,6 +87,17 @@ class Header:
         return self._decoded(MIGRATION_KEY, MigrationSpec.decode) if MIGRATION_KEY in self._omap else None
 
     @property
+    def data(self) -> tuple[int, str]:
+        """The pool of its data objects and what their names begin with."""
+        raw = self._omap.get(b"object_prefix", b"")
+        try:
+            prefix = Decoder(raw).string()
+        except DecodeError:
+            prefix = ""
+        pool = self._omap.get(b"data_pool_id", b"")
+        return int.from_bytes(pool, "little") if len(pool) == 8 else self.pool, prefix
+
+    @property
     def objects(self) -> int | None:
         return None if self.size is None else self.objects_of(self.size)
 
@@ -111,40 +113,42 @@ class Header:
         return sets * count + min(count, -(-rest // unit))
 
 
+class Data(Protocol):
+    """What keeps the data objects of images."""
+
+    def problem(self, header: Header) -> tuple[str, str, str] | None:
+        """(severity, what, advice) when they cannot be where the header says."""
+
+    def keeps_map(self, header: Header) -> bool:
+        """Is HEAD's object map no object of its own?"""
+
+    def map_states(self, header: Header) -> bytes | None:
+        """That map; None: it is lost."""
+
+    def numbers(self, header: Header) -> Iterable[int]:
+        """Of the objects that exist, or may."""
+
+    def exists(self, header: Header, number: int) -> bool: ...
+
+
 class ImageChecker:
-    def __init__(self, checker: Checker, c: sqlite3.Connection, data: Folder) -> None:
-        self.c = c
-        self._checker = checker
+    def __init__(self, report: Report, records: Records, data: Data) -> None:
+        self._report = report
+        self._records = records
         self._data = data
         self.headers: dict[tuple[int, str, str], Header] = {}  # (pool, namespace, image id)
-        self._load()
+        for pool, namespace in records.spaces():
+            for oid in records.objects(pool, namespace, names.HEADER_PREFIX):
+                rows = records.omap(pool, namespace, oid)
+                if rows is not None:
+                    header = Header(rows, (pool, namespace, oid))
+                    self.headers[pool, namespace, header.image_id] = header
 
     def _found(self, severity: str, where: str, what: str, advice: str) -> None:
-        self._checker.found(severity, where, what, advice)
-
-    def _load(self) -> None:
-        for pool, namespace, oid in self.c.execute(
-            "SELECT pool, ns, oid FROM objects WHERE present AND oid>=? AND oid<?",
-            (names.HEADER_PREFIX, names.HEADER_PREFIX[:-1] + "/"),
-        ).fetchall():
-            row = load_row(self.c, pool, namespace, oid)
-            assert row is not None
-            header = Header(self, row, (pool, namespace, oid))
-            self.headers[pool, namespace, header.image_id] = header
-
-    def believes_map(self, row: LayoutRow) -> bool:
-        """Whether readers believe the object map that the layout keeps."""
-        header = self.headers.get((row.header_pool, row.namespace, row.header[len(names.HEADER_PREFIX) :]))
-        if header is None or header.features is None:
-            return True
-        return bool(
-            header.features & features.OBJECT_MAP and not (header.flags or 0) & features.FLAG_OBJECT_MAP_INVALID
-        )
+        self._report.found(severity, where, what, advice)
 
     def run(self) -> None:
-        spaces = {(pool, namespace) for pool, namespace, _ in self.headers}
-        spaces.update(self.c.execute("SELECT DISTINCT pool, ns FROM objects WHERE oid=?", (names.DIRECTORY,)))
-        for pool, namespace in sorted(spaces):
+        for pool, namespace in self._records.spaces():
             self._directory(pool, namespace)
         for header in self.headers.values():
             self._header(header)
@@ -168,17 +172,11 @@ class ImageChecker:
                 _NOTE, header.oid, "not all of it has come over from where it migrates from", "execute it again"
             )
 
-    def _omap(self, pool: int, namespace: str, oid: str) -> Iterator[tuple[bytes, bytes]]:
-        row = load_row(self.c, pool, namespace, oid)
-        if row is None or not row.present:
-            return iter(())
-        return content.omap_rows(self.c, row.id, b"", b"")
-
     def _directory(self, pool: int, namespace: str) -> None:
         where = f"pool {pool}{'/' + namespace if namespace else ''}, rbd_directory"
         by_name: dict[str, str] = {}
         by_id: dict[str, str] = {}
-        for key, value in self._omap(pool, namespace, names.DIRECTORY):
+        for key, value in (self._records.omap(pool, namespace, names.DIRECTORY) or {}).items():
             kind, _, rest = key.partition(b"_")
             if kind not in (b"name", b"id"):
                 continue
@@ -196,9 +194,7 @@ class ImageChecker:
                 )
             if (pool, namespace, image_id) not in self.headers:
                 self._found(_ERROR, where, f"image {name!r}: header of {image_id!r} is missing", "remove the image")
-            row = load_row(self.c, pool, namespace, names.id_object(name))
-            held = content.read_data(self.c, row.id, 0, row.size) if row and row.present and row.size else b""
-            if held != encode_string(image_id):
+            if self._records.data(pool, namespace, names.id_object(name)) != encode_string(image_id):
                 self._found(
                     _ERROR,
                     where,
@@ -210,7 +206,8 @@ class ImageChecker:
                 self._found(
                     _ERROR, where, f"id {image_id!r} is called {name!r}, which is another image", "rename the image"
                 )
-        trash = {key[len(b"id_") :].decode(errors="replace") for key, _ in self._omap(pool, namespace, names.TRASH)}
+        rows = self._records.omap(pool, namespace, names.TRASH) or {}
+        trash = {key[len(b"id_") :].decode(errors="replace") for key in rows}
         for space in self.headers:
             if space[:2] == (pool, namespace) and space[2] not in by_id and space[2] not in trash:
                 self._found(_WARNING, where, f"image with id {space[2]!r} has a header and no name", _REMOVE)
@@ -218,18 +215,9 @@ class ImageChecker:
     def _header(self, header: Header) -> None:
         for problem in header.problems:
             self._found(_ERROR, header.oid, problem, "copy what can be read from the image, then remove it")
-        layout = of_header(self.c, header.pool, header.namespace, header.oid)
-        if layout is None:
-            self._found(
-                _WARNING, header.oid, "has no layout: its data objects are ordinary ones", "open the image once"
-            )
-        elif header.order is not None and layout.order != header.order:
-            self._found(
-                _ERROR,
-                header.oid,
-                f"order {header.order}, but its data is laid out with order {layout.order}",
-                "copy what can be read from the image, then remove it",
-            )
+        if misplaced := self._data.problem(header):
+            severity, what, advice = misplaced
+            self._found(severity, header.oid, what, advice)
 
     def _family(self, header: Header) -> None:
         for snap in header.snaps.values():
@@ -284,15 +272,13 @@ class ImageChecker:
 
     def _map(self, header: Header, oid: str, count: int | None, *, head: bool) -> None:
         advice = "rebuild the object map"
-        row = load_row(self.c, header.pool, header.namespace, oid)
-        if row is None or not row.present:
+        kept = head and self._data.keeps_map(header)
+        raw = None if kept else self._records.data(header.pool, header.namespace, oid)
+        if raw is None and not kept:
             self._found(_ERROR, oid, "is missing although the image has the object-map feature", advice)
             return
         try:
-            if row.kind == MAP_IN_LAYOUT:
-                states = self._kept_map(header)
-            else:
-                states = bytes(object_map.decode(content.read_data(self.c, row.id, 0, row.size) if row.size else b""))
+            states = self._data.map_states(header) if raw is None else bytes(object_map.decode(raw))
         except DecodeError as error:
             self._found(_ERROR, oid, f"is damaged: {error.strerror}", advice)
             return
@@ -300,35 +286,14 @@ class ImageChecker:
             self._found(_ERROR, oid, "the layout has lost it", advice)
         elif count is not None and len(states) != count:
             self._found(_ERROR, oid, f"has {len(states)} objects, the image has {count}", advice)
-        if head and states is not None and row.kind != MAP_IN_LAYOUT:
+        if head and states is not None and not kept:
             self._compare(header, oid, states)
 
-    def _kept_map(self, header: Header) -> bytes | None:
-        row = of_header(self.c, header.pool, header.namespace, header.oid)
-        if row is None:
-            return None
-        try:
-            layout = native.acquire(self._data.fd, str(row.folder), row.order)
-        except OSError:
-            return None  # reported with the layout
-        try:
-            return layout.map_states()
-        finally:
-            layout.release()
-
     def _compare(self, header: Header, oid: str, states: bytes) -> None:
-        """A map that the layout does not keep may say "absent" of objects that exist: readers would see zeros."""
-        row = of_header(self.c, header.pool, header.namespace, header.oid)
-        if row is None:
-            return
-        try:
-            layout = native.acquire(self._data.fd, str(row.folder), row.order)
-        except OSError:
-            return
-        try:
-            wrong = [o for o in layout.objects() if o >= len(states) or states[o] == object_map.NONEXISTENT]
-        finally:
-            layout.release()
+        """A map that the data's keeper does not keep may say "absent" of objects that exist: readers would see
+        zeros."""
+        absent = [o for o in self._data.numbers(header) if o >= len(states) or states[o] == object_map.NONEXISTENT]
+        wrong = [o for o in absent if self._data.exists(header, o)]
         if wrong:
             self._found(
                 _ERROR, oid, f"says that {len(wrong)} objects are absent which exist, from {wrong[0]}", "rebuild it"

@@ -1,42 +1,37 @@
-"""Verification of an embedded store: groups, their members and snapshots, from both sides; namespaces."""
+"""Verification of groups, their members and snapshots, from both sides; namespaces."""
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from librbd_py.format import group as fg
 from librbd_py.format import names
 from librbd_py.format.encoding import DecodeError, Decoder
 from librbd_py.format.header import GroupNamespace
 
-from . import content
-from .objects import load_row
-
-if TYPE_CHECKING:
-    from .check import Checker
-    from .check_images import Header
+from .images import Header
+from .records import WARNING as _WARNING
+from .records import Records, Report
 
 T = TypeVar("T")
-_WARNING = "warning"
 _NAME, _ID = b"name_", b"id_"
 Place = tuple[int, str, str]  # pool, namespace, id
 
 
 class Groups:
-    def __init__(self, checker: Checker, c: sqlite3.Connection, headers: dict[Place, Header]) -> None:
-        self._checker = checker
-        self._c = c
+    def __init__(self, report: Report, records: Records, headers: dict[Place, Header]) -> None:
+        self._report = report
+        self._store = records
         self._headers = headers
         self._members: set[tuple[Place, int, str]] = set()  # group, pool and id of the image
         self._records: set[tuple[Place, str]] = set()  # group, id of the group's snapshot
 
     def run(self) -> None:
-        spaces = self._c.execute("SELECT DISTINCT pool, ns FROM objects WHERE present").fetchall()
+        spaces = self._store.spaces()
         for pool, namespace in spaces:
             known = self._directory(pool, namespace)
-            for oid in self._group_headers(pool, namespace):
+            for oid in self._store.objects(pool, namespace, fg.GROUP_HEADER_PREFIX):
                 group_id = oid[len(fg.GROUP_HEADER_PREFIX) :]
                 if group_id not in known:
                     self._found(oid, "is the header of a group that has no name", "remove it if nobody needs it")
@@ -46,18 +41,10 @@ class Groups:
         self._namespaces(spaces)
 
     def _found(self, where: str, what: str, advice: str) -> None:
-        self._checker.found(_WARNING, where, what, advice)
+        self._report.found(_WARNING, where, what, advice)
 
-    def _omap(self, pool: int, namespace: str, oid: str) -> list[tuple[bytes, bytes]] | None:
-        row = load_row(self._c, pool, namespace, oid)
-        return None if row is None or not row.present else list(content.omap_rows(self._c, row.id, b"", b""))
-
-    def _group_headers(self, pool: int, namespace: str) -> list[str]:
-        rows = self._c.execute(
-            "SELECT oid FROM objects WHERE present AND pool=? AND ns=? AND oid>=? AND oid<? ORDER BY oid",
-            (pool, namespace, fg.GROUP_HEADER_PREFIX, fg.GROUP_HEADER_PREFIX[:-1] + "/"),
-        )
-        return [oid for (oid,) in rows.fetchall()]
+    def _rows(self, pool: int, namespace: str, oid: str) -> list[tuple[bytes, bytes]]:
+        return list((self._store.omap(pool, namespace, oid) or {}).items())
 
     def _decoded(self, where: str, key: bytes, value: bytes, decode: Callable[[bytes], T]) -> T | None:
         try:
@@ -72,7 +59,7 @@ class Groups:
         where = f"pool {pool}{'/' + namespace if namespace else ''}, {fg.GROUP_DIRECTORY}"
         by_name: dict[str, str] = {}
         by_id: dict[str, str] = {}
-        for key, value in self._omap(pool, namespace, fg.GROUP_DIRECTORY) or ():
+        for key, value in self._rows(pool, namespace, fg.GROUP_DIRECTORY):
             kind = _NAME if key.startswith(_NAME) else _ID if key.startswith(_ID) else b""
             text = self._decoded(where, key, value, lambda data: Decoder(data).string()) if kind else None
             if text is not None:
@@ -80,8 +67,7 @@ class Groups:
         for name, group_id in by_name.items():
             if by_id.get(group_id) != name:
                 self._found(where, f"group {name!r} has id {group_id!r}, which is not {name!r}", "rename the group")
-            row = load_row(self._c, pool, namespace, fg.GROUP_HEADER_PREFIX + group_id)
-            if row is None or not row.present:
+            if self._store.omap(pool, namespace, fg.GROUP_HEADER_PREFIX + group_id) is None:
                 self._found(where, f"group {name!r}: its header is missing", "remove the group")
         for group_id, name in by_id.items():
             if by_name.get(name) != group_id:
@@ -90,7 +76,7 @@ class Groups:
 
     def _group(self, place: Place, oid: str) -> None:
         pool, namespace, _ = place
-        for key, value in self._omap(pool, namespace, oid) or ():
+        for key, value in self._rows(pool, namespace, oid):
             if key.startswith(fg.IMAGE_PREFIX):
                 self._member(place, oid, key, value)
             elif key.startswith(fg.SNAPSHOT_PREFIX):
@@ -145,7 +131,7 @@ class Groups:
     def _namespaces(self, spaces: list[tuple[int, str]]) -> None:
         """Images in a namespace that is not listed are found by nobody."""
         for pool in sorted({pool for pool, _ in spaces}):
-            listed = {key for key, _ in self._omap(pool, "", names.NAMESPACES) or ()}
+            listed = {key for key, _ in self._rows(pool, "", names.NAMESPACES)}
             used = {space for number, space, _ in self._headers if number == pool and space}
             for namespace in sorted(used):
                 if b"name_" + namespace.encode(errors="surrogateescape") not in listed:
