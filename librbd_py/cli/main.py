@@ -120,7 +120,8 @@ def store_of(found: dict[str, str]) -> str | None:
     words = {"user": user, "mon_host": found.get("mon", "")}
     words |= {option: found.get(option, "") for option in ("keyring", "keyfile")}
     said = "&".join(f"{option}={quote(value, safe='/:,')}" for option, value in words.items() if value)
-    url = store or os.environ.get("RBDPY_STORE", "")
+    # Who names a monitor means a cluster; everything else a script may say whatever the store is.
+    url = store or os.environ.get("RBDPY_STORE") or ("ceph" if words["mon_host"] or os.environ.get("CEPH_CONF") else "")
     if said and url.partition("?")[0].partition(":")[0] == "ceph":
         return url + ("&" if "?" in url else "?") + said
     return store

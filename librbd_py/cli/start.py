@@ -8,8 +8,8 @@ import sys
 
 
 def cluster_of(argv: list[str]) -> str:
-    """The ceph.conf of a command line, or of $RBDPY_STORE, that says nothing else of the cluster; empty: there is none,
-    or more is said."""
+    """The ceph.conf of a command line, of $RBDPY_STORE or $CEPH_CONF, when nothing else is said of the cluster; empty:
+    there is none, or more is said."""
     environ = os.environ
     if environ.get("CEPH_ARGS") or "run" in argv:
         return ""
@@ -26,8 +26,9 @@ def cluster_of(argv: list[str]) -> str:
     kind, _, path = store.partition(":")
     if conf:
         path = conf
-    elif kind not in ("ceph", "rados") or "?" in path or "%" in path:
+    elif (store and kind not in ("ceph", "rados")) or "?" in path or "%" in path:
         return ""
+    path = path or environ.get("CEPH_CONF", "")
     return os.path.abspath(path) if path else ""
 
 

@@ -16,8 +16,8 @@ STORE_VARIABLE = "RBDPY_STORE"
 
 
 def default_url() -> str:
-    """$RBDPY_STORE, else /var/lib/rbdpy."""
-    return os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
+    """$RBDPY_STORE, else the cluster that $CEPH_CONF names, as for Ceph's own tools, else /var/lib/rbdpy."""
+    return os.environ.get(STORE_VARIABLE) or ("ceph" if os.environ.get("CEPH_CONF") else DEFAULT_STORE)
 
 
 def is_ceph(url: str) -> bool:
@@ -36,7 +36,7 @@ def connect(
     `embedded:/path` or a plain path: the store in that folder (made when missing, unless `create` is False: ENOENT).
     `ceph[:CONF][?user=NAME]`, or a plain path to a file: a Ceph cluster, as CONF (else $CEPH_CONF, else
     /etc/ceph/ceph.conf) says; other options of Ceph's may follow as `&OPTION=VALUE`; what the URL leaves open comes
-    from `ceph`. `memory:NAME`: a cluster inside this process, for tests. None: $RBDPY_STORE, else /var/lib/rbdpy.
+    from `ceph`. `memory:NAME`: a cluster inside this process, for tests. None: `default_url()`.
     EINVAL for anything else, ENOPKG for Ceph without librados.
     """
     if url is None:

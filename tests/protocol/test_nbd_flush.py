@@ -30,9 +30,7 @@ class Side:
         self.client: Client
 
     async def serve(self) -> None:
-        await self.daemon.execute(
-            "blockdev-add", {"driver": "rbd", "node-name": "d0", "pool": "rbd", "image": "disk"}
-        )
+        await self.daemon.execute("blockdev-add", {"driver": "rbd", "node-name": "d0", "pool": "rbd", "image": "disk"})
         await self.daemon.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": self.path}}})
         await self.daemon.execute(
             "block-export-add", {"type": "nbd", "id": "n", "node-name": "d0", "writable": True, "name": ""}

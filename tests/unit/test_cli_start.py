@@ -39,9 +39,29 @@ def test_what_is_connected_to(
 ) -> None:
     monkeypatch.setenv("RBDPY_STORE", store)
     monkeypatch.delenv("CEPH_ARGS", raising=False)
+    monkeypatch.delenv("CEPH_CONF", raising=False)
     assert cluster_of(argv) == conf
     monkeypatch.setenv("CEPH_ARGS", "--id vm")
     assert cluster_of(argv) == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "store", "conf"),
+    [
+        (["ls"], "", "/env"),
+        (["ls"], "ceph", "/env"),
+        (["ls"], "ceph:/c", "/c"),
+        (["-c", "/c", "ls"], "", "/c"),
+        (["ls"], "embedded:/s", ""),
+        (["--store", "/s", "ls"], "", ""),
+        (["ls"], "ceph?user=vm", ""),
+    ],
+)
+def test_ceph_conf_of_the_environment(argv: list[str], store: str, conf: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RBDPY_STORE", store)
+    monkeypatch.delenv("CEPH_ARGS", raising=False)
+    monkeypatch.setenv("CEPH_CONF", "/env")
+    assert cluster_of(argv) == conf
 
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:

@@ -326,5 +326,3 @@ def test_changes_of_damaged_records(which: int) -> None:
                 if damage(io, where, which) and (text := ended(name, verb, io)):
                     wrong.append(f"{where}: {text}")
     assert not wrong, "\n".join(wrong[:40])
-
-

@@ -9,7 +9,7 @@ import pytest
 
 from librbd_py import rados as face
 from librbd_py.cli.main import store_of
-from librbd_py.store import connect, is_ceph, rados
+from librbd_py.store import connect, default_url, is_ceph, rados
 from librbd_py.store.rados import ClusterOptions, connection, make_url, parse_url
 
 
@@ -75,11 +75,21 @@ def test_the_environment_names_the_file_and_the_user(monkeypatch: pytest.MonkeyP
 
 def test_the_command_line_names_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RBDPY_STORE", raising=False)
+    monkeypatch.delenv("CEPH_CONF", raising=False)
+    assert default_url() == "embedded:/var/lib/rbdpy"
     assert store_of({}) is None
     assert store_of({"id": "vm"}) is None
+    assert store_of({"mon": "1.2.3.4:1", "id": "vm"}) == "ceph?user=vm&mon_host=1.2.3.4:1"
     assert store_of({"store": "embedded:/x", "id": "vm"}) == "embedded:/x"
     assert store_of({"conf": "/c", "id": "vm", "keyring": "/k e"}) == "ceph:/c?user=vm&keyring=/k%20e"
     assert store_of({"store": "ceph:/c?user=a", "mon": "1.2.3.4:1"}) == "ceph:/c?user=a&mon_host=1.2.3.4:1"
+    monkeypatch.setenv("CEPH_CONF", "/env")
+    assert default_url() == "ceph"
+    assert store_of({"id": "vm"}) == "ceph?user=vm"
+    assert store_of({}) is None
+    monkeypatch.setenv("RBDPY_STORE", "/folder")
+    assert default_url() == "/folder"
+    assert store_of({"id": "vm"}) is None
     monkeypatch.setenv("RBDPY_STORE", "ceph")
     assert store_of({"id": "vm"}) == "ceph?user=vm"
     assert store_of({}) is None

@@ -172,8 +172,11 @@ class Connection:
             path = options.conf.encode() if options.conf else ffi.NULL
             result = lib.rbdn_rados_conf_read(self.handle, path)
             if result == -errno.ENOENT and options.conf is None:
-                raise OSError(errno.ENOENT, "there is no ceph.conf: name one, as in ceph:/etc/ceph/ceph.conf")
-            check(result, f"configuration {options.conf or 'of Ceph'}")
+                # As with Ceph's tools, what is said beside it may be enough.
+                if not any(option == "mon_host" for option, _ in options.options):
+                    raise OSError(errno.ENOENT, "there is no ceph.conf: name one, as in ceph:/etc/ceph/ceph.conf")
+            else:
+                check(result, f"configuration {options.conf or 'of Ceph'}")
         # Librados would read $CEPH_ARGS itself, but only once a process.
         words = [ffi.new("char[]", word.encode()) for word in ("rbdpy", *options.words)]
         if len(words) > 1:
