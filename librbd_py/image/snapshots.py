@@ -8,6 +8,7 @@ from librbd_py.format import features as ft
 from librbd_py.format import header as fh
 from librbd_py.format import names
 from librbd_py.format import notify as nf
+from librbd_py.format import trash as ftr
 from librbd_py.format.header import ChildImageSpec, ParentImageSpec
 from librbd_py.format.logs import logger
 from librbd_py.format.object_map import EXISTS, NONEXISTENT
@@ -220,15 +221,25 @@ def _is_clone(handle: ImageHandle, snap_id: int, child: ChildImageSpec) -> bool:
 
 
 def remove_trashed(ctx: ObjectContext, parent: ParentImageSpec) -> None:
-    """Removes a snapshot that waited in the trash for its last clone to go. Failing to leaves it there."""
+    """Removes a snapshot that waited in the trash for its last clone to go, and its image when that waited there for
+    its last one (`rbd_move_parent_to_trash_on_remove`; librbd: DetachChildRequest). Failing to leaves them."""
+    from .trash import remove_from_trash
+
+    image_id = parent.image_id
     try:
-        snap = cls.read_snapshots(ctx, header_oid(parent.image_id), [parent.snap_id])[0]
-        if snap.namespace.type == fh.NAMESPACE_TRASH and not snap.children:
-            with ImageHandle.open(ctx, image_id=parent.image_id) as handle:
-                remove(handle, parent.snap_id)
+        snap = cls.read_snapshots(ctx, header_oid(image_id), [parent.snap_id])[0]
+        if snap.namespace.type != fh.NAMESPACE_TRASH or snap.children:
+            return
+        with ImageHandle.open(ctx, image_id=image_id) as handle:
+            remove(handle, parent.snap_id)
+            left = bool(handle.refresh().snaps)
+        with ignoring(errno.ENOENT):
+            spec = cls.trash_get(ctx, image_id)
+            if not left and (spec.source, spec.state) == (ftr.SOURCE_USER_PARENT, ftr.STATE_NORMAL):
+                remove_from_trash(ctx, image_id, force=True)
     except OSError as failure:
         if failure.errno != errno.ENOENT:
-            log.warning("image %s: snapshot %d stays in the trash: %s", parent.image_id, parent.snap_id, failure)
+            log.warning("image %s: snapshot %d stays in the trash: %s", image_id, parent.snap_id, failure)
 
 
 def rename(handle: ImageHandle, snap_id: int, name: str) -> None:

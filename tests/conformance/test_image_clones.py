@@ -155,6 +155,43 @@ def test_a_parent_snapshot_goes_with_its_last_clone(parent: ObjectContext) -> No
         assert child.read(5 * MIB, 3) == b"BBB"
 
 
+def test_a_parent_in_the_trash_goes_with_its_last_clone(parent: ObjectContext) -> None:
+    """Only one that went there for its clones' sake, with the last of all its snapshots; and so does its own parent."""
+    R.clone(parent, "p", "s1", parent, "c")
+    with rbd.Image(parent, "c") as child:
+        child.create_snap("s2")
+        child.create_snap("s3")
+    R.clone(parent, "c", "s2", parent, "d")
+    R.clone(parent, "c", "s3", parent, "e")
+    R.clone(parent, "c", "s3", parent, "f")
+    for name, snaps in (("p", ["s1"]), ("c", ["s2", "s3"])):
+        with rbd.Image(parent, name) as image:
+            for snap in snaps:
+                image.remove_snap(snap)
+        refused(rbd.ImageHasSnapshots, 39, R.remove, parent, name)
+    R.config_set(parent, "rbd_move_parent_to_trash_on_remove", "true")
+    R.remove(parent, "p")
+    R.remove(parent, "c")
+    kept = [("c", "USER_PARENT"), ("p", "USER_PARENT")]
+    for last in ("d", "e"):
+        R.remove(parent, last)
+        assert sorted((row["name"], row["source"]) for row in R.trash_list(parent)) == kept
+    with rbd.Image(parent, "f") as child:
+        assert child.read(5 * MIB, 3) == b"BBB"
+        child.flatten()
+        assert child.read(5 * MIB, 3) == b"BBB"
+    assert list(R.trash_list(parent)) == []
+
+
+def test_a_parent_that_was_put_into_the_trash_stays_there(parent: ObjectContext) -> None:
+    R.clone(parent, "p", "s1", parent, "c")
+    with rbd.Image(parent, "p") as image:
+        image.remove_snap("s1")
+    R.trash_move(parent, "p")
+    R.remove(parent, "c")
+    assert [row["name"] for row in R.trash_list(parent)] == ["p"]
+
+
 def test_flatten_with_and_without_deep_flatten(parent: ObjectContext) -> None:
     deep = ft.DEFAULT
     for name, features in (("deep", deep), ("flat", deep & ~ft.DEEP_FLATTEN)):

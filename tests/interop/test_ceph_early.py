@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import configparser
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 BEGUN = """
 import sys
@@ -50,6 +53,24 @@ def test_commands(ceph_conf: str, ceph_pool: str) -> None:
     assert "none" in run("-m", "librbd_py.cli", "--conf", ceph_conf, "status", image).stdout
     assert run("-m", "librbd_py.cli", "--conf", ceph_conf, "snap", "purge", image).returncode == 0
     assert run("-m", "librbd_py.cli", "--conf", ceph_conf, "rm", image).returncode == 0
+
+
+def test_the_environment_names_the_cluster(ceph_conf: str, ceph_pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RBDPY_STORE", raising=False)
+    monkeypatch.setenv("CEPH_CONF", ceph_conf)
+    assert same("ls", ceph_pool).returncode == 0
+    assert same("ls", "no-such-pool").returncode == 2
+
+
+def test_a_monitor_alone_is_enough(ceph_conf: str, ceph_pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RBDPY_STORE", "CEPH_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    config = configparser.ConfigParser(strict=False)
+    config.read_string(Path(ceph_conf).read_text())
+    monitor = config["global"]["mon host"].strip("[]").split(",")[0].removeprefix("v2:")
+    words = ("-m", "librbd_py.cli", "-m", monitor, "-k", config["client"]["keyring"], "ls")
+    assert run(*words, ceph_pool).returncode == 0
+    assert run(*words, "no-such-pool").returncode == 2
 
 
 def test_a_connection_that_nobody_needed(ceph_conf: str) -> None:

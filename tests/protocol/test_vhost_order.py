@@ -9,7 +9,7 @@ import os
 import struct
 
 import pytest
-from test_vhost_migration import Log, begin
+from test_vhost_migration import Log, arrived, begin
 from vhost_frontend import F_LOG_ALL, PAGE, SET_LOG_BASE, T_IN, T_OUT, Frontend, Memory, Queue, frontend
 from vhost_server import Server, fake_server, wait_until
 
@@ -91,12 +91,7 @@ def test_who_begins_at_the_used_index_misses_nothing(vhost: Server) -> None:
         submitted(vhost, 3)
         source.sock.close()
         vhost.ok(LET_GO)
-        target = Frontend(vhost.path)
-        target.negotiate()
-        target.get_inflight(1, queue.num)
-        target.set_inflight()
-        target.set_features()
-        target.set_memory(memory)
+        target = arrived(vhost, memory, queue)
         target.start(0, queue, base=queue.used_idx())
         assert sorted(head for head, _ in queue.wait(2)) == sorted((write, read))
         assert target.read(3, 512) == b"3" * 512
