@@ -377,9 +377,8 @@ class FusedStore(EmbeddedStore):
         return made
 
 
-def run(name: str, folder: str, at: int) -> object:
-    """The operation, with a fuse; the number of changes when it came through."""
-    fuse = Fuse(at)
+def fuse_data(fuse: Fuse) -> None:
+    """From here on this process's requests to images burn it, too."""
     io_of, copyup = NativeImage._io, NativeImage.copyup
 
     def fused_io(self: NativeImage, kind: int, *args: Any, **kwargs: Any) -> int:
@@ -392,6 +391,12 @@ def run(name: str, folder: str, at: int) -> object:
         return copyup(self, objno)
 
     NativeImage._io, NativeImage.copyup = fused_io, fused_copyup  # type: ignore[method-assign]
+
+
+def run(name: str, folder: str, at: int) -> object:
+    """The operation, with a fuse; the number of changes when it came through."""
+    fuse = Fuse(at)
+    fuse_data(fuse)
     with FusedStore(folder) as store:
         store.fuse = fuse
         OPERATIONS[name].run(store.open("rbd"))
@@ -466,40 +471,43 @@ def describe(io: ObjectContext, name: str, labels: dict[str, str]) -> dict[str, 
 
 
 def survey(folder: str) -> dict[str, Any]:
-    """The images, and every object and directory entry by names that do not change from run to run."""
     with EmbeddedStore(folder) as store:
-        io = store.open("rbd")
-        labels: dict[str, str] = {}
-        images: dict[str, Any] = {}
-        for entry in R.trash_list(io):
-            labels[entry["id"]] = f"trash {entry['name']}"
-        for name in R.list(io):
-            try:
-                with rbd.Image(io, name, read_only=True) as image:
-                    labels[image.id()] = name
-                images[name] = describe(io, name, labels)
-            except (OSError, rbd.Error) as failure:
-                images[name] = f"cannot be opened: {failure}"
-        groups = {}
-        with suppress(rbd.Error):  # a header may be missing
-            groups = groups_of(io, labels)
-        rows = []
-        for oid in io.objects():
-            kind, *parts = oid.split(".")
-            if kind == "rbd_data":  # its number is no snapshot
-                parts[0] = labels.get(parts[0], parts[0])
-            else:
-                parts = [labels.get(part, part) for part in parts]
-            rows.append(".".join([kind, *parts]))
-            if oid in DIRECTORIES or oid.startswith("rbd_group_header."):
-                for key in io.read(oid, [OmapGetKeys()])[0][0]:
-                    text = key.decode(errors="replace")
-                    for image_id, label in labels.items():
-                        text = text.replace(image_id, label)
-                    rows.append(f"{oid}: {text}" if oid != "rbd_children" else f"{oid}: a clone")
-        trash = sorted(labels[e["id"]] for e in R.trash_list(io))
-        spaces = R.namespace_list(io)
-        return {"images": images, "trash": trash, "groups": groups, "namespaces": spaces, "objects": sorted(rows)}
+        return survey_of(store.open("rbd"))
+
+
+def survey_of(io: ObjectContext) -> dict[str, Any]:
+    """The images, and every object and directory entry by names that do not change from run to run."""
+    labels: dict[str, str] = {}
+    images: dict[str, Any] = {}
+    for entry in R.trash_list(io):
+        labels[entry["id"]] = f"trash {entry['name']}"
+    for name in R.list(io):
+        try:
+            with rbd.Image(io, name, read_only=True) as image:
+                labels[image.id()] = name
+            images[name] = describe(io, name, labels)
+        except (OSError, rbd.Error) as failure:
+            images[name] = f"cannot be opened: {failure}"
+    groups = {}
+    with suppress(rbd.Error):  # a header may be missing
+        groups = groups_of(io, labels)
+    rows = []
+    for oid in io.objects():
+        kind, *parts = oid.split(".")
+        if kind == "rbd_data":  # its number is no snapshot
+            parts[0] = labels.get(parts[0], parts[0])
+        else:
+            parts = [labels.get(part, part) for part in parts]
+        rows.append(".".join([kind, *parts]))
+        if oid in DIRECTORIES or oid.startswith("rbd_group_header."):
+            for key in io.read(oid, [OmapGetKeys()])[0][0]:
+                text = re.sub("^image_[0-9a-f]{16}_", "image_", key.decode(errors="replace"))  # the pool's number
+                for image_id, label in labels.items():
+                    text = text.replace(image_id, label)
+                rows.append(f"{rows[-1].partition(':')[0]}: {text}" if oid != "rbd_children" else f"{oid}: a clone")
+    trash = sorted(labels[e["id"]] for e in R.trash_list(io))
+    spaces = R.namespace_list(io)
+    return {"images": images, "trash": trash, "groups": groups, "namespaces": spaces, "objects": sorted(rows)}
 
 
 def tidy(folder: str) -> list[str]:
@@ -512,18 +520,22 @@ def tidy(folder: str) -> list[str]:
         for finding in findings:
             if lost := re.search(r"keeps data for snapshot (\d+)", finding):
                 io.snap_remove(int(lost[1]))
-        for image_id in directory.removals(io):
-            R.trash_remove(io, image_id, True)
-        for name in R.list(io):
-            with rbd.Image(io, name) as image:
-                for snap in list(image.list_snaps()):
-                    snapshots.forget_lost_v1_children(image.handle, snap["id"])
-                    kids = snapshots.forget_lost_children(image.handle, snap["id"])
-                    if snap["namespace"] == rbd.RBD_SNAP_NAMESPACE_TYPE_TRASH and not kids:
-                        image.remove_snap_by_id(snap["id"])
-                if image.features() & ft.OBJECT_MAP and maps(image):
-                    image.rebuild_object_map()
+        follow_advice(io)
     return findings
+
+
+def follow_advice(io: ObjectContext) -> None:
+    for image_id in directory.removals(io):
+        R.trash_remove(io, image_id, True)
+    for name in R.list(io):
+        with rbd.Image(io, name) as image:
+            for snap in list(image.list_snaps()):
+                snapshots.forget_lost_v1_children(image.handle, snap["id"])
+                kids = snapshots.forget_lost_children(image.handle, snap["id"])
+                if snap["namespace"] == rbd.RBD_SNAP_NAMESPACE_TYPE_TRASH and not kids:
+                    image.remove_snap_by_id(snap["id"])
+            if image.features() & ft.OBJECT_MAP and maps(image):
+                image.rebuild_object_map()
 
 
 def resume(name: str, folder: str) -> dict[str, Any]:
@@ -547,10 +559,13 @@ CALLS: dict[str, Callable[..., object]] = {"prepare": prepare, "run": run, "surv
 
 
 class Server:
+    def __init__(self, module: str = "tests.fault.image_crash") -> None:
+        self._module = module
+
     def __enter__(self) -> Server:
         root = Path(__file__).parents[2]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fault.image_crash"],
+            [sys.executable, "-m", self._module],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root,
         )  # fmt: skip
         return self
@@ -571,7 +586,7 @@ class Server:
         return result if status == 0 else None
 
 
-def main() -> None:
+def serve(calls: dict[str, Callable[..., object]]) -> None:
     for line in sys.stdin:
         what, *args = json.loads(line)
         with tempfile.TemporaryFile() as out:
@@ -579,7 +594,7 @@ def main() -> None:
             if pid == 0:
                 code = 1
                 try:
-                    os.write(out.fileno(), json.dumps(CALLS[what](*args)).encode())
+                    os.write(out.fileno(), json.dumps(calls[what](*args)).encode())
                     code = 0
                 except BaseException as failure:
                     import traceback
@@ -597,4 +612,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(CALLS)

@@ -162,7 +162,14 @@ class ImageChecker:
     def _migration(self, header: Header) -> None:
         """A migration may wait between its steps for as long as anybody likes, but not within one."""
         spec = header.migration
-        if spec is None or spec.header_type != MIGRATION_DESTINATION:
+        if spec is None:
+            return
+        if spec.header_type != MIGRATION_DESTINATION:
+            # The record of a destination says more, once there is one.
+            there = self.headers.get((spec.pool_id, spec.pool_namespace, spec.image_id))
+            if there is None or there.migration is None:
+                what = "its migration was cut short: where it migrates to is no image that knows of it"
+                self._found(_NOTE, header.oid, what, "abort it")
             return
         if spec.state in (MIGRATION_PREPARING, MIGRATION_ABORTING):
             step = "prepared" if spec.state == MIGRATION_PREPARING else "aborted"

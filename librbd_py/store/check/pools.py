@@ -99,8 +99,8 @@ def _data(report: _Report, store: Store, records: StoreRecords, headers: list[He
             count = sum(_exists(store, place, number) for number in records.numbers(*place))
             if count:
                 report.found(WARNING, where, f"{count} data objects of no image", "remove them if nobody needs them")
-        elif snapshots and not header.problems:
-            for number in sorted(_kept(store, records, place) - header.snaps.keys()):
+        if snapshots and (header is None or not header.problems):
+            for number in sorted(_kept(store, records, place) - (header.snaps.keys() if header else set())):
                 what = f"keeps data for snapshot {number} of pool {pool}, which the image does not have"
                 if (pool, number) in used:
                     report.found(WARNING, where, what, "another image has it")
