@@ -111,9 +111,9 @@ def acknowledged(console: str) -> dict[tuple[int, int], int]:
     return found
 
 
-def content(store: str, image: str, writer: Writer) -> bytes:
+def content(store: str, image: str, writer: Writer, pool: str = "rbd") -> bytes:
     """The guest's blocks, in one read at a time of 1 MiB; the first block is the one of the boot counter."""
-    with rados.Rados(conf={"rbdpy_store": store}) as cluster, cluster.open_ioctx("rbd") as ioctx:
+    with rados.Rados(conf={"rbdpy_store": store}) as cluster, cluster.open_ioctx(pool) as ioctx:
         with rbd.Image(ioctx, image, read_only=True) as opened:
             size, step = (1 + writer.blocks) * BLOCK, 1 << 20
             return b"".join(opened.read(at, min(step, size - at)) for at in range(0, size, step))

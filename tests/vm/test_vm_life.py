@@ -7,75 +7,20 @@ import json
 import os
 import pty
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from qemu_glue.vm.folder import Folder
-from tests.vm.rig import MIB, Rig
+from tests.vm.command import DEADLINE, Host, host
+from tests.vm.rig import MIB
+
+__all__ = ["host"]
 
 pytestmark = pytest.mark.vm
-DEADLINE = 90.0
-
-
-class Host:
-    """A runtime folder and the command line on it."""
-
-    def __init__(self, rig: Rig, run: Path) -> None:
-        self.rig, self.run = rig, run
-
-    def __call__(self, *words: str, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "RBDPY_RUN": str(self.run), "RBDPY_STORE": self.rig.url, **more}
-        done = subprocess.run(
-            [sys.executable, "-m", "librbd_py.cli.main", "vm", *words],
-            capture_output=True, text=True, timeout=DEADLINE, env=environment, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    def boot(self, image: str, *more: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        words = ["--kernel", str(self.rig.kernel.vmlinuz), "--initrd", str(self.rig.initrd), "--accel", self.rig.accel]
-        append = "console=ttyS0 quiet panic=1 no_timer_check rbdpy.mode=idle rbdpy.start=0"
-        return self("boot", image, *words, "--append", append, "--memory", "160", "--net", "none", *more, code=code)
-
-    def states(self) -> dict[str, str]:
-        return {row["name"]: row["state"] for row in json.loads(self("ls", "--format", "json").stdout)}
-
-    def ticks(self, name: str, folder: str = "") -> None:
-        """The guest writes to its console now."""
-        log = Path(folder or self.run) / name / "console.log"
-        before = log.stat().st_size if log.exists() else 0
-        limit = time.monotonic() + DEADLINE
-        while not log.exists() or b"GUEST-TICK" not in log.read_bytes()[before:]:
-            assert time.monotonic() < limit, log.read_text() if log.exists() else "no console.log"
-            time.sleep(0.05)
-
-    def processes(self) -> list[str]:
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                except OSError:
-                    continue
-                if f"{self.run}/" in line:
-                    found.append(line)
-        return found
-
-    def clean(self) -> None:
-        """Ends what a failed test left."""
-        for folder in self.run.glob("*"):
-            if (folder / "vm.json").exists():
-                place = Folder(self.run, folder.name)
-                for process in (place.service(), place.console(), *(place.qemu(n) for n in (1, 2, 3))):
-                    process.kill()
 
 
 class Terminal:
@@ -99,18 +44,6 @@ class Terminal:
         self.process.kill()
         self.process.wait()
         os.close(self.terminal)
-
-
-@pytest.fixture
-def host(rig: Rig) -> Iterator[Host]:
-    base = Path(tempfile.mkdtemp(prefix="rv", dir="/tmp"))  # short: sockets live there
-    made = Host(rig, base / "a")
-    try:
-        yield made
-    finally:
-        for run in base.iterdir():
-            Host(rig, run).clean()
-        shutil.rmtree(base, ignore_errors=True)
 
 
 def test_a_vm_boots_moves_twice_and_stops(host: Host) -> None:
