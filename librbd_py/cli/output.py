@@ -89,7 +89,8 @@ def _xml(name: str, value: Any, depth: int, pretty: bool) -> str:
         item = getattr(value, "item", "")
         inner = "".join(_xml(getattr(member, "name", item), member, depth + 1, pretty) for member in value)
     else:
-        return f"{indent}<{name}>{str(value).translate(_XML)}</{name}>{end}"
+        shown = str(value).lower() if isinstance(value, bool) else str(value)
+        return f"{indent}<{name}>{shown.translate(_XML)}</{name}>{end}"
     return f"{indent}<{name}>{end}{inner}{indent}</{name}>{end}"
 
 
