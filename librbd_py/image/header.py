@@ -28,6 +28,7 @@ from . import cls
 from .cls import Snapshot
 from .feature_names import SUPPORTED
 from .layout import Layout
+from .objects import exists
 
 MAX_PARENTS = 64  # depth of a clone chain; deeper is refused (ELOOP)
 NOBODY = ParentImageSpec()
@@ -188,5 +189,11 @@ def require_migrated_to(spec: MigrationSpec) -> None:
 
 
 def image_id_of(ctx: ObjectContext, name: str) -> str:
-    """ENOENT: no image of that name."""
-    return cls.get_id(ctx, id_oid(name))
+    """ENOENT: no image of that name. EOPNOTSUPP: it has format 1."""
+    try:
+        return cls.get_id(ctx, id_oid(name))
+    except OSError as failure:
+        if failure.errno == errno.ENOENT and exists(ctx, names.old_header(name)):
+            said = f"image {name} has format 1: copy it to one of format 2 with Ceph's rbd, which `rbd cp` does"
+            raise OSError(errno.EOPNOTSUPP, said) from None
+        raise

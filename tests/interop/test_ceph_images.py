@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -186,3 +187,25 @@ def test_an_ioctx_of_cephs_own_module(lives: Lives) -> None:
         assert image.read(0, 5) == b"hello"
         assert [snap["name"] for snap in image.list_snaps()] == ["s"]
         assert image.id().startswith(f"{seen['client']:x}")
+
+
+def test_an_image_of_format_1_is_refused_and_left_alone(ceph_conf: str, ceph_pool: str) -> None:
+    words = ["rbd", "--conf", ceph_conf, "create", f"{ceph_pool}/old", "--size", "8M", "--image-format", "1"]
+    environment = {**os.environ, "RBD_FORCE_ALLOW_V1": "1"}
+    subprocess.run(words, check=True, timeout=60, env=environment, stderr=subprocess.DEVNULL)
+    with rados.Rados(conffile=ceph_conf) as cluster, cluster.open_ioctx(ceph_pool) as ioctx:
+        before = sorted(each.key for each in ioctx.list_objects())
+        with pytest.raises(rbd.OperationNotSupported, match="format 1"):
+            rbd.Image(ioctx, "old")
+        for refused in (rbd.RBD().remove, rbd.RBD().trash_move):
+            with pytest.raises(rbd.OperationNotSupported):
+                refused(ioctx, "old")
+        with pytest.raises(rbd.ImageExists):
+            rbd.RBD().create(ioctx, "old", 1 << 20)
+        rbd.RBD().create(ioctx, "new", 1 << 20)
+        with pytest.raises(rbd.ImageExists):
+            rbd.RBD().rename(ioctx, "new", "old")
+        with pytest.raises(rbd.OperationNotSupported):
+            rbd.RBD().rename(ioctx, "old", "other")
+        rbd.RBD().remove(ioctx, "new")
+        assert set(before) <= {each.key for each in ioctx.list_objects()}
