@@ -28,7 +28,7 @@ def check(session: Session) -> None:
     url = session.options.store or default_url()
     repair = session.options.repair
     try:
-        if is_ceph(url):
+        if is_ceph(url) or url.startswith("memory:"):
             findings = pools.check(session.light_store(), repair=repair, snapshots=session.options.snapshots)
         else:
             findings = checker.check(url.removeprefix("embedded:"), repair=repair)

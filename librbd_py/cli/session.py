@@ -299,7 +299,10 @@ class Session:
                     raise Failure(f"error setting snapshot context: {reason(error)}", code_of(error)) from None
             yield image
         finally:
-            image.close()
+            try:
+                image.close()
+            except rbd.Error as error:
+                raise Failure(f"rbd: error closing image {spec.image}: {reason(error)}", code_of(error)) from None
 
     def by_name_or_id(self, spec: Spec, blank: str = " ") -> str:
         """--image-id; Failure (22) when a name was given too."""

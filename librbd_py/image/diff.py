@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import chain, pairwise, starmap
 
 from librbd_py.format import features as ft
 from librbd_py.format.object_map import EXISTS_CLEAN, NONEXISTENT
@@ -20,10 +20,11 @@ from .datapath import NativeImage
 from .handle import ImageHandle
 from .layout import Extent
 from .map_check import snapset_of, version_at
-from .resize import known_states
+from .resize import known_states, listed
 from .snapshots import find
 from .view import ViewSpec
 
+HUGE = 1 << 24  # objects: in more the store's list of what there is is looked at instead of each
 COMPARED = 1 << 16  # bytes of an image that migrates
 Found = Callable[[int, int, bool], object]  # offset, length in the image; True: data, False: a hole now
 Extents = list[tuple[int, int, bool]]  # offset, length within an object; data or hole
@@ -92,17 +93,20 @@ def changes(
     header, end_id = handle.header, handle.snap_id
     if start_id == end_id:
         return
-    rows: Iterator[tuple[int, int, bool]]
     layout = header.layout
     striped = layout.stripe_count > 1
-    if not start_id and include_parent and isinstance(handle.data, NativeImage) and not (striped and whole_object):
-        rows = _allocated(handle.data, offset, length)
-        if whole_object:
-            rows = _by_object(rows, layout.object_size, offset, offset + length)
-    elif header.migrates and (start_id or include_parent):
-        rows = _compared(handle, offset, length, start_id)
-    else:
-        rows = _rows(handle, offset, length, start_id, end_id, include_parent, whole_object)
+
+    def rows_of(offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        if not start_id and include_parent and isinstance(handle.data, NativeImage) and not (striped and whole_object):
+            rows = _allocated(handle.data, offset, length)
+            return _by_object(rows, layout.object_size, offset, offset + length) if whole_object else rows
+        if header.migrates and (start_id or include_parent):
+            return _compared(handle, offset, length, start_id)
+        return _rows(handle, offset, length, start_id, end_id, include_parent, whole_object)
+
+    huge = length // layout.object_size > HUGE
+    ranges = _listed_ranges(handle, offset, offset + length) if huge else [(offset, length)]
+    rows = chain.from_iterable(starmap(rows_of, ranges))
     pending: tuple[int, int, bool] | None = None
     for at, size, data in rows:
         while size:
@@ -118,6 +122,19 @@ def changes(
             at, size = at + step, size - step
     if pending is not None:
         yield pending
+
+
+def _listed_ranges(handle: ImageHandle, offset: int, end: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what may show a parent, and of the sets of objects that there are: more cannot differ."""
+    header = handle.header
+    layout = header.layout
+    count, period = layout.stripe_count, layout.period
+    inherited = -(-min(max(header.overlap_at(handle.snap_id), header.overlap_at(NOSNAP)), end) // period)
+    sets = sorted({objno // count for objno in listed(handle, inherited * count, layout.objects(end))})
+    for start, size in [(0, inherited * period), *((number * period, period) for number in sets)]:
+        first, last = max(start, offset), min(start + size, end)
+        if first < last:
+            yield first, last - first
 
 
 def _compared(handle: ImageHandle, offset: int, length: int, start_id: int) -> Iterator[tuple[int, int, bool]]:

@@ -15,7 +15,7 @@ from librbd_py.native import check, lib
 
 from .ahead import at_once, in_order, is_local
 from .datapath import NativeImage
-from .diff import diff_iterate
+from .diff import HUGE, diff_iterate
 from .handle import ImageHandle
 from .io import before_write
 from .progress import Progress, report
@@ -124,6 +124,8 @@ def export_raw(
     """Into a file: holes stay holes. The file holds what the image does up to `begin` and nothing behind it.
     `reached(offset)` is called when everything before `offset` was moved."""
     size = handle.header.size_at(handle.snap_id)
+    if size >= 1 << 63:
+        raise OSError(errno.EFBIG, f"no file is as large as the {size} bytes that the image claims")
     pace, room = _Pace.of(handle), _room_in_file(fd)
     for offset, length in _pieces(_data(handle, begin, size), pace.most):
         with room.for_(offset, length) as unused:
@@ -163,7 +165,8 @@ def _data(handle: ImageHandle, begin: int, size: int) -> Iterator[tuple[int, int
     is not there costs it as little as saying so."""
     if begin >= size:
         return
-    if is_local(handle) or not isinstance(handle.data, NativeImage):
+    huge = (size - begin) // handle.header.layout.object_size > HUGE
+    if huge or is_local(handle) or not isinstance(handle.data, NativeImage):
         rows: list[tuple[int, int]] = []
         diff_iterate(handle, begin, size - begin, None, lambda at, count, _: rows.append((at, count)))
         yield from rows

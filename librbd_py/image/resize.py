@@ -146,13 +146,18 @@ def present(handle: ImageHandle, first: int, end: int) -> Iterator[int]:
         known = None  # a map of another size
     numbers: Iterable[int] = range(first, end)
     if known is None and end - first > SCAN_LIMIT:
-        prefix = handle.objects.prefix + "."
-        listed = [oid.removeprefix(prefix) for oid in handle.data_ctx.objects() if oid.startswith(prefix)]
-        found = sorted(int(number, 16) for number in listed if NUMBER.fullmatch(number))
-        numbers = [objno for objno in found if first <= objno < end]
+        numbers = listed(handle, first, end)
     for objno in numbers:
         if known is None or known[objno] != NONEXISTENT:
             yield objno
+
+
+def listed(handle: ImageHandle, first: int, end: int) -> list[int]:
+    """The objects from `first` to before `end` that the store has, or keeps something of for snapshots: ascending."""
+    prefix = handle.objects.prefix + "."
+    found = [oid.removeprefix(prefix) for oid in handle.data_ctx.objects() if oid.startswith(prefix)]
+    numbers = sorted(int(number, 16) for number in found if NUMBER.fullmatch(number))
+    return [objno for objno in numbers if first <= objno < end]
 
 
 def known_states(handle: ImageHandle, snap_id: int = NOSNAP) -> bytearray | None:

@@ -11,10 +11,11 @@ from test_image_migration import SIZE, content, fill, maps_are_right
 
 from librbd_py import rbd
 from librbd_py.format import features as ft
-from librbd_py.image import cls
+from librbd_py.format import object_map as fm
+from librbd_py.image import cls, object_map
 from librbd_py.image.handle import ImageHandle
 from librbd_py.image.migration import objects
-from librbd_py.store.api import ObjectContext, OmapSet
+from librbd_py.store.api import NOSNAP, ObjectContext, OmapSet
 
 __all__ = ["cluster", "io"]
 
@@ -226,6 +227,19 @@ def test_the_clones_of_an_image_follow_it(clone_format: int, cluster: Cluster, s
     linked_to(other, "other", "b")
     assert (content(other, "c"), content(other, "b")) == (before, parent)
     assert rest(cluster) == []
+
+
+def test_an_object_that_only_the_map_has_is_brought(cluster: Cluster, source: ObjectContext) -> None:
+    """As a crash leaves it between the map, which comes first, and the object."""
+    other = cluster.pool("other")
+    before = content(source, "a")
+    R.migration_prepare(source, "a", other, "a")
+    with rbd.Image(other, "a") as image:
+        count = image.handle.header.layout.objects(image.size())
+        object_map.save(other, image.id(), NOSNAP, bytes([fm.EXISTS]) * count)
+    R.migration_execute(other, "a")
+    R.migration_commit(other, "a")
+    assert content(other, "a") == before
 
 
 def test_a_member_of_a_group_stays_one(cluster: Cluster, source: ObjectContext) -> None:

@@ -56,6 +56,7 @@ def run(name: str, conf: str, pool: str, at: int) -> object:
 
 def survey(conf: str, pool: str) -> dict[str, Any]:
     with opened(conf, pool) as io:
+        settled(io)
         return survey_of(io)
 
 
@@ -89,21 +90,28 @@ def fence(conf: str, pool: str) -> None:
                     io.store.blocklist_add(watcher.address)
 
 
+def again(name: str, io: ObjectContext) -> str:
+    try:
+        OPERATIONS[name].run(io)
+    except (OSError, rbd.Error) as failure:
+        return repr(failure)
+    return "done"
+
+
 def resume(name: str, conf: str, pool: str) -> dict[str, Any]:
     """As in image_crash.py."""
     found: dict[str, Any] = {}
     with opened(conf, pool) as io:
-        try:
-            OPERATIONS[name].run(io)
-            found["again"] = "done"
-        except (OSError, rbd.Error) as failure:
-            found["again"] = repr(failure)
+        found["again"] = again(name, io)
+        if "ImageBusy" in found["again"]:
+            fence(conf, pool)  # what waiting for the dead client's watch to run out comes to
+            found["again"] = again(name, io)
         found["check"] = findings(io)
         if found["check"]:
             pools.check(io.store, repair=True, snapshots=True)
             follow_advice(io)
-        found["end"] = survey_of(io)
         found["check at the end"] = settled(io)
+        found["end"] = survey_of(io)
     return found
 
 

@@ -41,10 +41,10 @@ Verb = Callable[[ObjectContext], object]
 
 
 @contextmanager
-def world() -> Iterator[ObjectContext]:
+def world(cluster: MemoryCluster | None = None) -> Iterator[ObjectContext]:
     """A pool with a parent, a clone, a group with a snapshot, trash, namespaces, metadata, configuration and an image
     on its way elsewhere."""
-    client = MemoryCluster().connect()
+    client = (cluster or MemoryCluster()).connect()
     client.pool_create("rbd")
     with closing(client):
         io = client.open("rbd")

@@ -111,10 +111,11 @@ def _bring(handle: ImageHandle, header: Header, objno: int) -> None:
 
 
 def _absent(handle: ImageHandle, numbers: Sequence[int]) -> list[int]:
-    known = known_states(handle)
-    if known is None:
-        return [number for number in numbers if not exists(handle.data_ctx, handle.objects.oid(number))]
-    return [number for number in numbers if number >= len(known) or known[number] == NONEXISTENT]
+    """An object map is sure of what it calls absent only: it says of an object that it exists before that is true, and
+    a crash may have come in between."""
+    known = known_states(handle) or b""
+    sure = {number for number in numbers if number < len(known) and known[number] == NONEXISTENT}
+    return [n for n in numbers if n in sure or not exists(handle.data_ctx, handle.objects.oid(n))]
 
 
 def _wanted(handle: ImageHandle) -> list[int]:
