@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .handle import ImageHandle
 
 TIMEOUT_SECONDS = 10.0  # after which who was quiesced goes on unasked
-ATTEMPTS = 10  # rbd_quiesce_notification_attempts
 NOTIFY_MS = 5000
 
 # Flags of a snapshot's creation, as on the wire.
@@ -155,7 +154,7 @@ def guests_quiesced(handles: Sequence[ImageHandle], flags: int = 0) -> Iterator[
 
 
 def _ask(handle: ImageHandle, request: AsyncRequestId) -> None:
-    for _ in range(ATTEMPTS):
+    for _ in range(handle.settings.quiesce_attempts):
         answer = handle.ctx.notify(handle.oid, nf.encode(nf.Quiesce(request)), NOTIFY_MS)
         for payload in answer.acks.values():
             result = result_of(payload) or 0

@@ -46,6 +46,7 @@ class Settings:
     mtime_interval: int = 60
     discard_granularity: int = 65536  # a power of two; 0: discards are exact
     management_ops: int = 10  # objects at a time
+    quiesce_attempts: int = 10  # notifies before a watcher that does not say that it stands still is given up
     limits: tuple[tuple[int, int], ...] = ((0, 0),) * 6  # rate, what may come at once; in the order of QOS
 
 
@@ -58,7 +59,16 @@ HONOURED = frozenset(
         "rbd_discard_granularity_bytes",
         "rbd_skip_partial_discard",
         "rbd_concurrent_management_ops",
+        "rbd_quiesce_notification_attempts",
         *(f"{name}_{what}" for name in QOS for what in ("limit", "burst", "burst_seconds")),
+    )
+)
+# when an image is removed (rbd/pool.py)
+HONOURED_AT_REMOVAL = frozenset(
+    (
+        "rbd_move_parent_to_trash_on_remove",
+        "rbd_move_to_trash_on_remove",
+        "rbd_move_to_trash_on_remove_expire_seconds",
     )
 )
 # of those that only pools have
@@ -86,6 +96,7 @@ def resolve(of_image: Mapping[str, str], of_pool: Mapping[str, str], lookup: Loo
         mtime_interval=number(values["rbd_mtime_update_interval"]),
         discard_granularity=1 << min(grain.bit_length() - 1, 25) if grain else 0,
         management_ops=min(max(number(values["rbd_concurrent_management_ops"]), 1), 64),
+        quiesce_attempts=min(max(number(values["rbd_quiesce_notification_attempts"]), 1), 1000),
         limits=tuple(_limit(values, name) for name in QOS),
     )
 
@@ -120,4 +131,4 @@ def of_store(store: Store) -> Lookup | None:
 
 def is_honoured(name: str) -> bool:
     """Whether setting the option changes what this library does."""
-    return name in HONOURED or name in HONOURED_OF_POOLS
+    return name in HONOURED | HONOURED_AT_REMOVAL | HONOURED_OF_POOLS

@@ -9,6 +9,7 @@ import pytest
 from image_fixtures import MIB, Cluster, R, cluster, eventually, io, refused
 
 from librbd_py import rbd
+from librbd_py.format import notify as nf
 from librbd_py.format.notify import AsyncRequestId, ClientId
 from librbd_py.image import quiesce
 from librbd_py.store.api import ObjectContext
@@ -80,3 +81,27 @@ def test_who_is_forgotten_goes_on(io: ObjectContext, monkeypatch: pytest.MonkeyP
         request = AsyncRequestId(ClientId(4711, 1), 1)
         quiesce._ask(image.handle, request)
         assert gone.wait(30)
+
+
+def test_how_often_a_watcher_is_asked_is_an_option(io: ObjectContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quiesce, "NOTIFY_MS", 100)
+    R.create(io, "a", MIB)
+    asked: list[nf.Quiesce] = []
+
+    def silent(notify_id: int, notifier: int, cookie: int, payload: bytes) -> bytes | None:
+        message = nf.decode(payload)
+        if isinstance(message, nf.Quiesce):
+            asked.append(message)
+            return None  # no answer, now or later
+        return b""
+
+    with rbd.Image(io, "a") as image:
+        image.config_set("rbd_quiesce_notification_attempts", "3")
+        watch = io.watch(image.handle.oid, silent)
+        with pytest.raises(rbd.OSError) as caught:
+            image.create_snap("s1")
+        watch.close()
+        assert caught.value.errno == errno.ETIMEDOUT
+        assert len(asked) == 3
+        assert list(image.list_snaps()) == []
+        image.create_snap("s1")

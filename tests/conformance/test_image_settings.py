@@ -13,7 +13,7 @@ from librbd_py.image import settings
 from librbd_py.image.ahead import at_once, is_local
 from librbd_py.image.datapath import NativeImage
 from librbd_py.image.options import OF_IMAGES, OPTIONS
-from librbd_py.image.settings import HONOURED, HONOURED_OF_POOLS, Settings, resolve
+from librbd_py.image.settings import HONOURED, HONOURED_AT_REMOVAL, HONOURED_OF_POOLS, Settings, resolve
 from librbd_py.store.api import ObjectContext, OmapRmKeys, OmapSet
 
 __all__ = ["cluster", "io"]
@@ -28,7 +28,7 @@ def image(io: ObjectContext) -> rbd.Image:
 
 
 def test_every_name_is_an_option() -> None:
-    assert set(OF_IMAGES) >= HONOURED and set(OPTIONS) >= HONOURED_OF_POOLS
+    assert set(OF_IMAGES) >= HONOURED | HONOURED_AT_REMOVAL and set(OPTIONS) >= HONOURED_OF_POOLS
     assert settings.is_honoured("rbd_qos_read_bps_limit") and not settings.is_honoured("rbd_cache_size")
     assert resolve({}, {}, None) == Settings()
 
