@@ -84,7 +84,7 @@ def test_who_is_forgotten_goes_on(io: ObjectContext, monkeypatch: pytest.MonkeyP
 
 
 def test_how_often_a_watcher_is_asked_is_an_option(io: ObjectContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quiesce, "NOTIFY_MS", 100)
+    monkeypatch.setattr(quiesce, "NOTIFY_MS", 1000)  # an OSD counts whole seconds, and takes 30 for none
     R.create(io, "a", MIB)
     asked: list[nf.Quiesce] = []
 
