@@ -133,9 +133,12 @@ class Surface:
         there: its parent's snapshot can be unprotected."""
         if disk.parent is None:
             return None
-        places = [key[0] for key, it in [*self.disks.items(), *self.trash.items()] if it is disk.parent[0]]
-        form = 2 if places[0].partition("/")[2] != to.partition("/")[2] else disk.parent[2]
-        return (*disk.parent[:2], form)
+        return (*disk.parent[:2], 2 if self.across(disk.parent[0], to) else disk.parent[2])
+
+    def across(self, disk: Disk, to: str) -> bool:
+        """Is it in another namespace?"""
+        places = [key[0] for key, it in [*self.disks.items(), *self.trash.items()] if it is disk]
+        return places[0].partition("/")[2] != to.partition("/")[2]
 
     def in_groups(self, disk: Disk) -> list[str]:
         return sorted(name for group in self.groups.values() for name, held in group.snaps.items() if disk in held)
@@ -296,7 +299,7 @@ class Surface:
         # snapshot is in the trash cannot be copied deep.
         clone = disk.parent is not None
         lost = disk.parent is not None and disk.parent[1] not in disk.parent[0].snaps
-        away = disk.parent != self.moved_parent(disk, to)
+        away = disk.parent is not None and self.across(disk.parent[0], to)  # librbd makes it of its default format
         self.ask("copy", *key, to, new, deep, first=lost or away if deep else clone)
         made = Disk(disk.head, disk.features, metadata=dict(disk.metadata), grain=disk.grain)
         if deep:
