@@ -26,6 +26,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.data = data
         self.etag = '"one"'
+        self.detour = ""  # answers as at this path, whatever was asked for
         self.seen: Counter[str] = Counter()
         self.connections = 0
         self.release = threading.Event()  # ends what stalls
@@ -53,7 +54,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(head=False)
 
     def answer(self, head: bool) -> None:
-        server, path = self.server, self.path.partition("?")[0]
+        server = self.server
+        path = server.detour or self.path.partition("?")[0]
         server.seen[f"{self.command} {path}"] += 1
         count = server.seen[f"{self.command} {path}"]
         data = server.data
