@@ -61,7 +61,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """A test that failed says which daemon of the shared cluster has ended, and its last words."""
     report = yield
     cluster = getattr(item, "funcargs", {}).get("ceph_cluster")
-    if report.failed and isinstance(cluster, DevCluster) and not isinstance(cluster, Existing):
+    running = report.when != "teardown"  # the last test's ends with the cluster gone
+    if report.failed and running and isinstance(cluster, DevCluster) and not isinstance(cluster, Existing):
         report.sections += [("ended daemons of the cluster", text) for text in ended(cluster)]
     return report
 

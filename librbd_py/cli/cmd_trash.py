@@ -208,5 +208,6 @@ def purge(session: Session) -> None:
                 "snapshots (including trashed snapshots with linked clones), are not in a group and were moved to the "
                 "trash successfully."
             )
-        raise Failure("", code_of(error)) from None
+            raise Failure("", 39) from None
+        raise Failure(f"rbd: remove error: {reason(error)}", code_of(error)) from None
     progress.done()

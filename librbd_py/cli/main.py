@@ -145,6 +145,14 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"rbd: {error.strerror or error}", file=sys.stderr)
         return error.errno or 1
+    except Exception as error:
+        from librbd_py.cli.failure import code_of, reason
+        from librbd_py.cli.session import failures
+
+        if not isinstance(error, failures()):
+            raise
+        print(f"rbd: {reason(error)}", file=sys.stderr)  # where a verb expects nothing to fail: damaged records
+        return code_of(error) & 0xFF
     return 0
 
 

@@ -27,10 +27,12 @@ def clean(rbd: Any, io: Any) -> list[str]:
         tried(f"namespace {name}", r.namespace_remove, io, name)
     for _ in range(4):  # clones go before their parents, half a destination before its migration can be aborted
         for name in [*r.list(io), "disk"]:  # that one is in the trash
-            try:
-                r.migration_abort(io, name)
-            except rbd.Error:
-                continue  # it does not migrate
+            for end in (r.migration_commit, r.migration_abort):
+                try:
+                    end(io, name)
+                    break
+                except rbd.Error:
+                    continue  # it does not migrate, or has not come so far
         del problems[:]
         for name in r.list(io):
             tried(f"snapshots of {name}", remove_snaps, rbd, io, name)

@@ -12,10 +12,10 @@ from typing import Any
 from librbd_py import rbd
 from librbd_py.format import names
 from librbd_py.store import rados
-from librbd_py.store.api import ListSnaps, ListWatchers, ObjectContext
+from librbd_py.store.api import ListWatchers, ObjectContext
 from librbd_py.store.check import pools
 from librbd_py.store.rados.context import RadosContext
-from tests.fault.image_crash import OPERATIONS, Fuse, Server, follow_advice, fuse_data, serve, survey_of
+from tests.fault.image_crash import OPERATIONS, Fuse, Server, follow_advice, fuse_data, serve, survey_of, there
 
 __all__ = ["OPERATIONS", "Server"]
 
@@ -117,8 +117,10 @@ def resume(name: str, conf: str, pool: str) -> dict[str, Any]:
 
 def advised(conf: str, pool: str) -> None:
     with opened(conf, pool) as io:
-        with suppress(rbd.Error):
-            rbd.RBD().migration_abort(io, "disk")
+        for end in (rbd.RBD().migration_commit, rbd.RBD().migration_abort):
+            for name in ("moved", "disk"):
+                with suppress(rbd.Error):
+                    end(io, name)
         follow_advice(io)
 
 
@@ -126,14 +128,6 @@ def leftovers(conf: str, pool: str) -> dict[str, Any]:
     """What is there, and what the check says of it, when somebody has removed all that can be listed."""
     with opened(conf, pool) as io:
         return {"check": findings(io), "objects": sorted(oid for oid in io.objects() if there(io, oid))}
-
-
-def there(io: ObjectContext, oid: str) -> bool:
-    """Names are listed until nothing is kept for their removed snapshots any more."""
-    try:
-        return bool(io.read(oid, [ListSnaps()])[0].clones)
-    except FileNotFoundError:
-        return False
 
 
 CALLS: dict[str, Callable[..., object]] = {

@@ -29,7 +29,7 @@ from librbd_py.image import clones, directory, map_check, snapshots
 from librbd_py.image.datapath import READ, NativeImage
 from librbd_py.image.directory import CreateOptions
 from librbd_py.image.streams import import_diff
-from librbd_py.store.api import NO_SNAPS, ObjectContext, OmapGetKeys, SnapContext
+from librbd_py.store.api import NO_SNAPS, ListSnaps, ObjectContext, OmapGetKeys, SnapContext
 from librbd_py.store.embedded import EmbeddedStore
 from librbd_py.store.embedded.check import check
 from librbd_py.store.embedded.context import EmbeddedContext
@@ -475,6 +475,14 @@ def survey(folder: str) -> dict[str, Any]:
         return survey_of(store.open("rbd"))
 
 
+def there(io: ObjectContext, oid: str) -> bool:
+    """OSDs list names for as long as they have not dropped what they kept for removed snapshots."""
+    try:
+        return bool(io.read(oid, [ListSnaps()])[0].clones)
+    except FileNotFoundError:
+        return False
+
+
 def survey_of(io: ObjectContext) -> dict[str, Any]:
     """The images, and every object and directory entry by names that do not change from run to run."""
     labels: dict[str, str] = {}
@@ -494,6 +502,8 @@ def survey_of(io: ObjectContext) -> dict[str, Any]:
     rows = []
     for oid in io.objects():
         kind, *parts = oid.split(".")
+        if kind == "rbd_data" and not there(io, oid):
+            continue
         if kind == "rbd_data":  # its number is no snapshot
             parts[0] = labels.get(parts[0], parts[0])
         else:

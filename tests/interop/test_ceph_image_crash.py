@@ -29,7 +29,7 @@ BARE = {"rbd_children", "rbd_directory", "rbd_group_directory", "rbd_info", "rbd
 # leaves the parent's snapshot with a clone too many; librbd's order would leave a clone that opens as long as nobody
 # removes its parent. And it aborts no migration whose records are not there yet, though it leaves such itself.
 CLONE_TOO_MANY = "which is none of its clones"
-CUT_SHORT = "its migration was cut short"
+CUT_SHORT = "its migration was"
 FOR_US = {
     "flatten": CLONE_TOO_MANY,
     **dict.fromkeys([name for name in OPERATIONS if name.startswith("migration")], CUT_SHORT),

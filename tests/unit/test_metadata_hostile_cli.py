@@ -136,6 +136,24 @@ def test_each_command_line_is_understood(ending: Ending) -> None:
     print([row for row in ending.codes if row[1]])
 
 
+@pytest.mark.parametrize(
+    ("oid", "key", "line"),
+    [
+        ("rbd_group_header.", b"snapshot_", "snap purge disk --no-progress"),
+        ("rbd_trash", b"id_", "trash purge --no-progress"),
+    ],
+)
+def test_commands_that_had_no_words_for_it(oid: str, key: bytes, line: str, ending: Ending) -> None:
+    """Found by soak."""
+    with world() as io:
+        found = records(io)
+    rows = [(name, row or b"") for name, _, row in found]
+    number = next(at for at, (name, row) in enumerate(rows) if name.startswith(oid) and row.startswith(key))
+    with damaged(number, 3) as (url, io, where):
+        assert where is not None and ending(url, io, line) == ""
+    assert ending.codes[-1][1] == 5
+
+
 @pytest.mark.parametrize("which", range(VALUES))
 def test_commands_that_look_at_damaged_records(which: int, ending: Ending) -> None:
     """Each record with each value meets some of them, in turns; by soak all."""
