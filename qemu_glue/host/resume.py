@@ -3,7 +3,8 @@
 QEMU's NBD client fails requests while nobody answers, because libvirt has no way to tell it to wait (9.0 drops the
 reconnect delay). `rbdpy libvirt convert` gives such disks error_policy='stop': the guest stands still, sees no error,
 and libvirt shows it as paused by an I/O error. Somebody has to resume it: this does, after the service has come back.
-QEMU connects again after 1, 2, 4, ... seconds, so a guest may stop several times before its disk is back.
+QEMU connects again after 1, 2, 4, ... seconds, so a guest may stop several times before its disk is back. One that does
+so in the moment of its arrival libvirt 9.0 shows as paused by the user: what QEMU says of its disks counts then.
 """
 
 from __future__ import annotations

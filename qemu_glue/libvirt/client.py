@@ -75,8 +75,7 @@ def main(operation: str, uri: str, name: str) -> int:
             flags = libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_INACTIVE
             sys.stdout.write(domain.XMLDesc(flags))
         elif operation == "paused-by-error":
-            stands = [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR]
-            sys.stdout.write("yes" if domain.state() == stands else "no")
+            sys.stdout.write("yes" if stands_for_an_error(domain) else "no")
         elif operation == "running":
             sys.stdout.write("yes" if domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING else "no")
         elif operation == "suspend":
@@ -87,6 +86,19 @@ def main(operation: str, uri: str, name: str) -> int:
         print(error.get_error_message() or error, file=sys.stderr)
         return 1
     return 0
+
+
+def stands_for_an_error(domain: Any) -> bool:
+    """libvirt gives another reason for a guest that stopped while it arrived by migration; QEMU still says which disk
+    failed a request since the guest was last continued."""
+    import libvirt
+
+    state, reason = domain.state()
+    if state != libvirt.VIR_DOMAIN_PAUSED:
+        return False
+    if reason in (libvirt.VIR_DOMAIN_PAUSED_USER, libvirt.VIR_DOMAIN_PAUSED_UNKNOWN):
+        return bool(domain.diskErrors())
+    return bool(reason == libvirt.VIR_DOMAIN_PAUSED_IOERROR)
 
 
 def find(connection: Any, name: str) -> Any:
