@@ -1,5 +1,5 @@
 """`rbdpy store check`: verifies an embedded store that nobody uses, or the images of a cluster, and explains each
-finding."""
+finding. `rbdpy store unblock`: ends the process that stands still with an embedded store's lock."""
 
 from __future__ import annotations
 
@@ -49,3 +49,27 @@ def check(session: Session) -> None:
         print("no findings")
     if any(row["severity"] == "error" for row in rows):
         raise Failure("", 1)
+
+
+def with_unblock(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="kill it even if it is not stopped")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+
+
+@command("store unblock", "Kill the stopped process that keeps an embedded store locked.", with_unblock)
+def unblock(session: Session) -> None:
+    from librbd_py.store.embedded import unblock as blocked
+
+    options = session.options
+    url = options.store or default_url()
+    if is_ceph(url) or url.startswith("memory:"):
+        raise Failure("rbd: store unblock: only an embedded store has such a lock", 22)
+    try:
+        blocked.unblock(
+            url.removeprefix("embedded:"),
+            lambda step: print(step, flush=True),
+            force=options.force,
+            dry_run=options.dry_run,
+        )
+    except OSError as error:
+        raise Failure(f"rbd: store unblock: {error.strerror or error}", code_of(error)) from None

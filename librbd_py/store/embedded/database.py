@@ -53,6 +53,8 @@ def translated(error: sqlite3.Error, path: str) -> OSError:
     elif code == errno.ETIMEDOUT:
         who = writer_of(path) or "another process"
         hint = f"; {who} keeps it locked for more than {BUSY_MS * TRIES // 1000} s"
+        if "stopped" in who:
+            hint += ": `rbdpy store unblock` ends it"
     return OSError(code, f"{path}: {error}{hint}")
 
 
