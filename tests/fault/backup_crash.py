@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 from librbd_py import rbd
@@ -142,14 +139,9 @@ CALLS = {
 
 
 class BackupServer(Server):
-    def __enter__(self) -> BackupServer:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fault.backup_crash"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
-        )  # fmt: skip
-        return self
+    def __init__(self) -> None:
+        super().__init__("tests.fault.backup_crash")
 
 
 if __name__ == "__main__":
-    image_crash.CALLS = dict(CALLS)
-    image_crash.main()
+    image_crash.serve(CALLS)

@@ -125,7 +125,7 @@ def test_a_vm_comes_and_goes(host: Host) -> None:
             assert os.stat(sockets["vda"]).st_mode & 0o777 == 0o660
             assert os.stat(host.run / UUID).st_mode & 0o777 == 0o750
             client = await connect(sockets["vda"])
-            assert await host.connected() == ["rbd/disk"]
+            await until(lambda: _is(host, ["rbd/disk"]), "the image to be opened")
             await host.tell("started")
             client.close()
             await until(lambda: _empty(host), "the image to be closed")
@@ -153,7 +153,7 @@ def test_a_release_never_cuts_a_disk_that_is_used(host: Host) -> None:
             await host.tell("stopped")
             await host.tell("release")
             await read(client)
-            assert await host.connected() == ["rbd/disk"]
+            await until(lambda: _is(host, ["rbd/disk"]), "the image to be opened")
             client.close()
             await until(lambda: not (host.run / UUID).exists(), "the VM to be forgotten")
             assert await host.vms() == []
